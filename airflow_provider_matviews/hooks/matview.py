@@ -1,0 +1,412 @@
+"""The way from Airflow to the service layer: connections, secrets, and whose task it is. No SQL of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+from urllib.parse import quote
+
+import psycopg
+from airflow.providers.postgres.hooks.postgres import PostgresHook
+
+from airflow_provider_matviews.definition import (
+    IfLocked,
+    MatViewDefinition,
+    RefreshStrategy,
+    RowCountStrategy,
+    choice,
+)
+from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
+from airflow_provider_matviews.names import ViewName, check_identifier
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.catalog import Attachment, IndexFacts
+from airflow_provider_matviews.services.create import create_view
+from airflow_provider_matviews.services.delete import delete_view
+from airflow_provider_matviews.services.execute import Driver
+from airflow_provider_matviews.services.instructions import Session, Work
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run
+from airflow_provider_matviews.services.locking import Patience, politely
+from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.refresh import refresh_view
+from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.run import MINIMUM_VERSION, Prepared, Subject, Terms, record_run
+
+_T = TypeVar("_T")
+
+#: Sent to libpq unless the connection says otherwise: a dead network is noticed in about a minute, not in hours
+#: (https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-KEEPALIVES).
+_CONNECTION_DEFAULTS = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}
+#: NAMEDATALEN - 1: the server cuts a longer application_name off.
+_APPLICATION_NAME_BYTES = 63
+#: Words in the names of connection extras whose values are secrets.
+_SECRET_WORDS = ("password", "passwd", "secret", "token", "key_data")
+
+
+@dataclass(frozen=True)
+class ViewDescription:
+    """A materialized view as it stands, beside what is recorded of it.
+
+    :ivar name: the view, as one would type it.
+    :ivar query: its query, as PostgreSQL words it.
+    :ivar populated: whether it answers queries.
+    :ivar estimated_rows: the planner's estimate; None where it has none.
+    :ivar columns: names and types, in order.
+    :ivar indexes: its indexes, by name.
+    :ivar dependents: what is built on it.
+    :ivar sources: the relations that its query reads directly.
+    :ivar attachments: everything else it has: grants, comments, options ...
+    :ivar definition: its row in ``mat_view_definitions``; None where it was never declared or tracked.
+    :ivar last_run: its latest run; None before the first.
+    """
+
+    name: str
+    owner: str
+    query: str
+    populated: bool
+    estimated_rows: int | None
+    columns: tuple[tuple[str, str], ...]
+    indexes: tuple[IndexFacts, ...]
+    dependents: tuple[str, ...]
+    sources: tuple[str, ...]
+    attachments: tuple[Attachment, ...]
+    definition: DefinitionRecord | None
+    last_run: Run | None
+
+
+class MatViewHook(PostgresHook):
+    """Create, refresh and drop materialized views over a PostgreSQL connection, and read the record.
+
+    Everything that PostgresHook makes of a connection holds here too: extras, IAM, ``options``, ``database``.
+
+    :param postgres_conn_id: the connection to the database that holds the views.
+    :param tracking_schema: the schema, in that database, of the run tables; made on first use.
+    :param context: what is recorded of whose task it is; operators give dag_id, task_id, run_id, map_index
+        and try_number.
+    :raises InvalidName: when ``tracking_schema`` is no identifier.
+    """
+
+    hook_name = "PostgreSQL materialized views"
+
+    def __init__(
+        self,
+        *args: Any,
+        tracking_schema: str = "matviews",
+        context: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.tracking_schema = check_identifier(tracking_schema, "tracking_schema")
+        self.context = dict(context or {})
+        self._driver: Driver | None = None
+
+    def get_conn(self) -> Any:
+        """Open a connection that tells the server whose it is and notices a dead network.
+
+        :raises InvalidDefinition: when the Airflow connection is not one to PostgreSQL.
+        :raises UnsupportedServer: when the server is older than PostgreSQL 14 or something else.
+        :raises psycopg.OperationalError: when the server cannot be reached.
+        """
+        self._prepare_connection()
+        connection = super().get_conn()
+        version = getattr(getattr(connection, "info", None), "server_version", None)
+        if not isinstance(connection, psycopg.Connection):
+            raise UnsupportedServer(
+                "PostgresHook opened this connection with another driver than psycopg 3.",
+                hint="install SQLAlchemy 2 and apache-airflow-providers-postgres 7.0.0 or newer.",
+            )
+        if version is not None and version < MINIMUM_VERSION:
+            connection.close()
+            raise UnsupportedServer(
+                f"The server behind {self.get_conn_id()} is version {version // 10000}; materialized views are "
+                "run on PostgreSQL 14 or newer.",
+                hint="upgrade the server: PostgreSQL 13 and older get no more fixes.",
+            )
+        return connection
+
+    def create(
+        self,
+        definition: MatViewDefinition,
+        *,
+        force: bool = False,
+        with_data: bool = True,
+        row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
+        if_locked: IfLocked | str = IfLocked.WAIT,
+        lock_timeout: float = 1.0,
+        max_wait: float = 600.0,
+    ) -> ServiceResponse:
+        """Create a view as its definition says; ``skipped`` when it stands already.
+
+        :param definition: what the view should be.
+        :param force: replace a view that stands, by building the new one beside it.
+        :param with_data: False makes it without rows.
+        :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+        :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+        :param max_wait: seconds after which waiting for locks ends in failure.
+        :returns: the response: ``created``, ``updated`` (replaced) or ``skipped``.
+        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
+        :raises psycopg.Error: what PostgreSQL says.
+        """
+        if not isinstance(definition, MatViewDefinition):
+            raise InvalidDefinition(
+                f"create() takes a MatViewDefinition, not {definition!r}.",
+                hint="MatViewDefinition(name=..., sql=...) or MatViewDefinition.from_file(...)",
+            )
+        counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+
+        def service(prepared: Prepared) -> Work[ServiceResponse]:
+            return create_view(
+                prepared.view,
+                definition,
+                prepared.server,
+                prepared.report,
+                politely=lambda attempt: politely(prepared.view, prepared.patience, attempt),
+                force=force,
+                with_data=with_data,
+                row_counts=counting,
+            )
+
+        request = {"force": force, "with_data": with_data, "row_count_strategy": counting.value}
+        patience = Patience(lock_timeout, max_wait)
+        return self._record(Operation.CREATE, definition, request, if_locked, patience, service)
+
+    def refresh(
+        self,
+        view_or_definition: str | MatViewDefinition,
+        *,
+        refresh_strategy: RefreshStrategy | str | None = None,
+        row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
+        if_locked: IfLocked | str = IfLocked.WAIT,
+        lock_timeout: float = 1.0,
+        max_wait: float = 600.0,
+    ) -> ServiceResponse:
+        """Refresh a view, declared or not.
+
+        :param view_or_definition: the view's name or its definition.
+        :param refresh_strategy: None for the one that was declared, which is ``auto`` where nothing was.
+        :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+        :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+        :param max_wait: seconds after which waiting for locks ends in failure.
+        :returns: the response: ``updated``, or ``skipped`` with ``if_locked="skip"``.
+        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
+        :raises psycopg.Error: what PostgreSQL says.
+        """
+        asked = None if refresh_strategy is None else choice(RefreshStrategy, refresh_strategy, "refresh_strategy")
+        counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+
+        def service(prepared: Prepared) -> Work[ServiceResponse]:
+            return refresh_view(
+                prepared.view,
+                prepared.server,
+                prepared.report,
+                strategy=asked or prepared.record.refresh_strategy,
+                row_counts=counting,
+                unique_index_columns=prepared.record.unique_index_columns,
+            )
+
+        request = {"refresh_strategy": asked and asked.value, "row_count_strategy": counting.value}
+        patience = Patience(lock_timeout, max_wait)
+        return self._record(Operation.REFRESH, view_or_definition, request, if_locked, patience, service)
+
+    def delete(
+        self,
+        view_or_definition: str | MatViewDefinition,
+        *,
+        cascade: bool = False,
+        force: bool = False,
+        if_locked: IfLocked | str = IfLocked.WAIT,
+        lock_timeout: float = 1.0,
+        max_wait: float = 600.0,
+    ) -> ServiceResponse:
+        """Drop a view; ``skipped`` when it does not stand. Its definition row and its history stay.
+
+        :param view_or_definition: the view's name or its definition.
+        :param cascade: drop what is built on it too; all of it is named in the log and the response.
+        :param force: drop a view that is not managed.
+        :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+        :param max_wait: seconds after which waiting for locks ends in failure.
+        :returns: the response: ``deleted`` or ``skipped``.
+        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
+        :raises psycopg.Error: what PostgreSQL says.
+        """
+
+        def service(prepared: Prepared) -> Work[ServiceResponse]:
+            return delete_view(
+                prepared.view,
+                prepared.server,
+                prepared.report,
+                managed=prepared.record.managed,
+                cascade=cascade,
+                force=force,
+            )
+
+        request = {"cascade": cascade, "force": force}
+        patience = Patience(lock_timeout, max_wait)
+        return self._record(Operation.DROP, view_or_definition, request, if_locked, patience, service)
+
+    def runs(self, view: str | None = None, *, limit: int = 20) -> list[Run]:
+        """Return the latest runs, newest first.
+
+        :param view: of this view; None for all.
+        :param limit: how many at the most.
+        :raises InvalidDefinition: when ``limit`` is not a positive number.
+        """
+        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+            raise InvalidDefinition(f"limit={limit!r} is not a positive number of runs.")
+        name = None if view is None else ViewName.parse(view)
+        ledger = self._ledger()
+
+        def read() -> Work[list[Run]]:
+            yield from ensure_schema(self.tracking_schema)
+            resolved = None if name is None else (yield from catalog.resolve(name, session=Session.RECORD))
+            return (yield from ledger.runs(resolved, limit))
+
+        return self._read(read())
+
+    def last_run(self, view: str) -> Run | None:
+        """Return the latest run of a view, or None before its first."""
+        runs = self.runs(view, limit=1)
+        return runs[0] if runs else None
+
+    def definitions(self) -> list[DefinitionRecord]:
+        """Return every recorded definition, by name."""
+
+        def read() -> Work[list[DefinitionRecord]]:
+            yield from ensure_schema(self.tracking_schema)
+            return (yield from self._ledger().definitions())
+
+        return self._read(read())
+
+    def describe(self, view: str) -> ViewDescription:
+        """Return what a view is, beside what is recorded of it.
+
+        :raises ViewNotFound: when no materialized view of this name stands.
+        """
+        name = ViewName.parse(view)
+        ledger = self._ledger()
+
+        def read() -> Work[ViewDescription]:
+            resolved = yield from catalog.resolve(name)
+            facts = yield from catalog.require_view(resolved)
+            yield from ensure_schema(self.tracking_schema)
+            runs = yield from ledger.runs(resolved, 1)
+            return ViewDescription(
+                name=resolved.display,
+                owner=facts.owner,
+                query=facts.query,
+                populated=facts.populated,
+                estimated_rows=facts.estimated_rows,
+                columns=tuple((yield from catalog.columns_of(facts.oid))),
+                indexes=tuple((yield from catalog.indexes_of(facts.oid))),
+                dependents=tuple((yield from catalog.dependents_of(facts.oid))),
+                sources=tuple((yield from catalog.sources_of(facts.oid))),
+                attachments=tuple((yield from catalog.attachments_of(facts.oid))),
+                definition=(yield from ledger.definition(resolved)),
+                last_run=runs[0] if runs else None,
+            )
+
+        return self._read(read())
+
+    def cancel(self) -> None:
+        """Stop the operation that runs now: its statement is cancelled on the server and everything undone."""
+        if self._driver is not None:
+            self._driver.cancel()
+
+    def asset_uri(self, view: str) -> str:
+        """Return the URI of a view as an Airflow asset: ``postgres://host:port/database/schema/view``.
+
+        :param view: the name as a response gives it, which stands for ``public`` where it has no schema.
+        """
+        connection = self.connection
+        name = ViewName.parse(view)
+        path = "/".join(
+            quote(part, safe="")
+            for part in (self.database or connection.schema or "", name.schema or "public", name.name)
+        )
+        return f"postgres://{connection.host or 'localhost'}:{connection.port or 5432}/{path}"
+
+    def _record(
+        self,
+        operation: Operation,
+        view_or_definition: str | MatViewDefinition,
+        request: dict[str, Any],
+        if_locked: IfLocked | str,
+        patience: Patience,
+        service: Callable[[Prepared], Work[ServiceResponse]],
+    ) -> ServiceResponse:
+        locked = choice(IfLocked, if_locked, "if_locked")
+        if isinstance(view_or_definition, MatViewDefinition):
+            subject = Subject(view_or_definition.view, view_or_definition)
+        else:
+            subject = Subject(ViewName.parse(view_or_definition))
+        terms = Terms(locked, patience, {**request, "if_locked": locked.value}, self.context)
+        with Driver(self._open, self.log) as driver:
+            self._driver = driver
+            try:
+                return driver.run(record_run(operation, subject, self._ledger(), terms, service))
+            finally:
+                self._driver = None
+
+    def _read(self, work: Work[_T]) -> _T:
+        with Driver(self._open, self.log) as driver:
+            return driver.run(work)
+
+    def _open(self) -> psycopg.Connection[Any]:
+        return cast("psycopg.Connection[Any]", self.get_conn())
+
+    def _ledger(self) -> Ledger:
+        secrets = self._secrets()
+
+        def redact(text: str) -> str:
+            for secret in secrets:
+                text = text.replace(secret, "***")
+            return text
+
+        return Ledger(self.tracking_schema, redact)
+
+    def _secrets(self) -> list[str]:
+        connection = self.connection
+        found = {connection.password}
+        for name, value in connection.extra_dejson.items():
+            if isinstance(value, str) and any(word in name.lower() for word in _SECRET_WORDS):
+                found.add(value)
+        secrets = {secret for secret in found if secret}
+        secrets |= {quote(secret, safe="") for secret in secrets}
+        # The longest first, so that a secret that holds another one goes whole.
+        return sorted(secrets, key=len, reverse=True)
+
+    def _prepare_connection(self) -> None:
+        # PostgresHook hands every extra to libpq; adding ours there is the one way in that its get_conn()
+        # leaves open. A copy, since Airflow may share the object.
+        connection = deepcopy(self.connection)
+        if (connection.conn_type or "postgres") not in ("postgres", "postgresql", "generic"):
+            raise InvalidDefinition(
+                f"The connection {self.get_conn_id()} is of type {connection.conn_type!r}, not PostgreSQL.",
+                hint="give conn_id the id of a connection of type Postgres.",
+            )
+        extra = {**_CONNECTION_DEFAULTS, "application_name": self.application_name, **connection.extra_dejson}
+        connection.extra = json.dumps(extra)
+        self._connection = connection
+
+    @property
+    def application_name(self) -> str:
+        """What pg_stat_activity shows: DAG, task and run, at most 63 bytes of ASCII."""
+        parts = [str(self.context[key]) for key in ("dag_id", "task_id", "run_id") if self.context.get(key)]
+        name = "/".join(["matviews", *parts])
+        # The server turns anything but ASCII into question marks.
+        ascii_name = name.encode("ascii", "replace").decode()
+        return ascii_name[:_APPLICATION_NAME_BYTES]
+
+
+__all__ = ["MatViewError", "MatViewHook", "ViewDescription"]

@@ -1,0 +1,257 @@
+"""The operators: what a DAG author says, handed to the hook. Thin, and all of one shape."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, AssetAlias, BaseOperator
+
+from airflow_provider_matviews.definition import MatViewDefinition
+from airflow_provider_matviews.exceptions import InvalidDefinition
+from airflow_provider_matviews.hooks.matview import MatViewHook
+
+if TYPE_CHECKING:
+    from airflow.providers.common.compat.sdk import Context
+
+    from airflow_provider_matviews.services.response import ServiceResponse
+
+
+class _MatViewOperator(BaseOperator):
+    """What all of them share: which view, over which connection, and how a response becomes log, XCom and events."""
+
+    template_fields: Sequence[str] = ("conn_id", "tracking_schema", "view", "definition")
+    template_fields_renderers: ClassVar[dict[str, str]] = {"definition": "py"}
+    ui_color = "#e6f1f2"
+
+    def __init__(
+        self,
+        *,
+        view: str | None = None,
+        definition: MatViewDefinition | Mapping[str, Any] | None = None,
+        conn_id: str = "postgres_default",
+        tracking_schema: str = "matviews",
+        if_locked: str = "wait",
+        lock_timeout: float = 1.0,
+        max_wait: float = 600.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.view = view
+        self.definition = definition
+        self.conn_id = conn_id
+        self.tracking_schema = tracking_schema
+        self.if_locked = if_locked
+        self.lock_timeout = lock_timeout
+        self.max_wait = max_wait
+        self._hook: MatViewHook | None = None
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Do it, and return a summary for XCom.
+
+        :raises AirflowSkipException: when another operation on the view ran and ``if_locked="skip"``.
+        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
+        :raises psycopg.Error: what PostgreSQL says.
+        """
+        hook = self._hook = MatViewHook(
+            postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=_whose(context)
+        )
+        try:
+            response = self._perform(hook)
+        except Exception as error:
+            self.log.error("%s", error)
+            raise
+        finally:
+            self._hook = None
+        self._log_statements(response)
+        summary = _summary(response)
+        if response.response.get("locked"):
+            raise AirflowSkipException(f"{summary['view']}: {response.response['reason']}.")
+        self._emit_events(context, hook, summary)
+        return summary
+
+    def on_kill(self) -> None:
+        """Stop the statement on the server; what it had done is undone there."""
+        if self._hook is not None:
+            self._hook.cancel()
+
+    def _perform(self, hook: MatViewHook) -> ServiceResponse:
+        raise NotImplementedError
+
+    def _terms(self) -> dict[str, Any]:
+        return {"if_locked": self.if_locked, "lock_timeout": self.lock_timeout, "max_wait": self.max_wait}
+
+    def _declared(self) -> MatViewDefinition | None:
+        if self.definition is None:
+            return None
+        if self.view is not None:
+            raise InvalidDefinition("Give either view=... or definition=..., not both.")
+        if isinstance(self.definition, MatViewDefinition):
+            return self.definition
+        return MatViewDefinition.from_dict(self.definition)
+
+    def _subject(self) -> str | MatViewDefinition:
+        subject = self._declared() or self.view
+        if subject is None:
+            raise InvalidDefinition("Which view? Give view='schema.view' or definition=MatViewDefinition(...).")
+        return subject
+
+    def _log_statements(self, response: ServiceResponse) -> None:
+        facts = response.response
+        if not facts["sql"]:
+            return
+        self.log.info("::group::The %s statements, with their times", len(facts["sql"]))
+        for statement, step in zip(facts["sql"], facts["steps"], strict=True):
+            self.log.info("%9.1f ms  %s", step["ms"], statement)
+        self.log.info("::endgroup::")
+
+    def _emit_events(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> None:
+        for outlet in self.outlets:
+            if isinstance(outlet, AssetAlias):
+                if summary["status"] != "skipped":
+                    context["outlet_events"][outlet].add(Asset(hook.asset_uri(summary["view"])), extra=summary)
+            elif isinstance(outlet, Asset):
+                context["outlet_events"][outlet].extra.update(summary)
+
+
+class CreateMatViewOperator(_MatViewOperator):
+    """Create a materialized view as its definition says; leave it as it is when it stands.
+
+    :param definition: what the view should be, a :class:`MatViewDefinition` or its ``to_dict()``.
+    :param view: the view's name, with ``sql`` instead of a definition. (templated)
+    :param sql: the query, or the path of a ``.sql`` file, with a header or without. (templated)
+    :param unique_index_columns: with ``sql``: columns that together are unique.
+    :param refresh_strategy: with ``sql``: ``auto``, ``regular`` or ``concurrent``.
+    :param force: replace a view that stands, by building the new one beside it.
+    :param with_data: False makes it without rows.
+    :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+    :param conn_id: the PostgreSQL connection. (templated)
+    :param tracking_schema: the schema of the run tables. (templated)
+    :param if_locked: while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+    :param max_wait: seconds after which waiting for locks ends in failure.
+    """
+
+    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "sql")
+    template_ext: Sequence[str] = (".sql",)
+    template_fields_renderers: ClassVar[dict[str, str]] = {
+        **_MatViewOperator.template_fields_renderers,
+        "sql": "sql",
+    }
+
+    def __init__(
+        self,
+        *,
+        sql: str | None = None,
+        unique_index_columns: Sequence[str] = (),
+        refresh_strategy: str = "auto",
+        force: bool = False,
+        with_data: bool = True,
+        row_count_strategy: str = "estimated",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sql = sql
+        self.unique_index_columns = unique_index_columns
+        self.refresh_strategy = refresh_strategy
+        self.force = force
+        self.with_data = with_data
+        self.row_count_strategy = row_count_strategy
+
+    def _perform(self, hook: MatViewHook) -> ServiceResponse:
+        return hook.create(
+            self._whole_definition(),
+            force=self.force,
+            with_data=self.with_data,
+            row_count_strategy=self.row_count_strategy,
+            **self._terms(),
+        )
+
+    def _whole_definition(self) -> MatViewDefinition:
+        declared = self._declared()
+        if declared is not None:
+            if self.sql is not None:
+                raise InvalidDefinition("Give either sql=... or definition=..., not both.")
+            return declared
+        if self.sql is None:
+            raise InvalidDefinition("What should the view be? Give definition=..., or view=... with sql=....")
+        return MatViewDefinition.from_sql(
+            self.sql,
+            name=self.view,
+            refresh_strategy=self.refresh_strategy,
+            unique_index_columns=self.unique_index_columns,
+        )
+
+
+class RefreshMatViewOperator(_MatViewOperator):
+    """Refresh a materialized view, declared or not.
+
+    :param view: the view's name. (templated)
+    :param definition: its definition instead of its name.
+    :param refresh_strategy: ``auto``, ``regular`` or ``concurrent``; None for the one that was declared. (templated)
+    :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+    :param conn_id: the PostgreSQL connection. (templated)
+    :param tracking_schema: the schema of the run tables. (templated)
+    :param if_locked: while another operation on the view runs: ``wait``, ``skip`` (the task is skipped) or ``fail``.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+    :param max_wait: seconds after which waiting for locks ends in failure.
+    """
+
+    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "refresh_strategy")
+
+    def __init__(
+        self, *, refresh_strategy: str | None = None, row_count_strategy: str = "estimated", **kwargs: Any
+    ) -> None:
+        super().__init__(**kwargs)
+        self.refresh_strategy = refresh_strategy
+        self.row_count_strategy = row_count_strategy
+
+    def _perform(self, hook: MatViewHook) -> ServiceResponse:
+        return hook.refresh(
+            self._subject(),
+            refresh_strategy=self.refresh_strategy,
+            row_count_strategy=self.row_count_strategy,
+            **self._terms(),
+        )
+
+
+class DeleteMatViewOperator(_MatViewOperator):
+    """Drop a materialized view; nothing to do is fine. Its definition row and its history stay.
+
+    :param view: the view's name. (templated)
+    :param definition: its definition instead of its name.
+    :param cascade: drop what is built on it too; all of it is named in the log first.
+    :param force: drop a view that was never declared, or was declared with ``managed=False``.
+    :param conn_id: the PostgreSQL connection. (templated)
+    :param tracking_schema: the schema of the run tables. (templated)
+    :param if_locked: while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
+    :param max_wait: seconds after which waiting for locks ends in failure.
+    """
+
+    def __init__(self, *, cascade: bool = False, force: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.cascade = cascade
+        self.force = force
+
+    def _perform(self, hook: MatViewHook) -> ServiceResponse:
+        return hook.delete(self._subject(), cascade=self.cascade, force=self.force, **self._terms())
+
+
+def _whose(context: Context) -> dict[str, Any]:
+    task_instance = context["ti"]
+    return {key: getattr(task_instance, key) for key in ("dag_id", "task_id", "run_id", "map_index", "try_number")}
+
+
+def _summary(response: ServiceResponse) -> dict[str, Any]:
+    facts = response.response
+    return {
+        "view": facts["view"],
+        "status": response.status,
+        "strategy": facts["strategy"],
+        "row_count_before": facts["row_count_before"],
+        "row_count_after": facts["row_count_after"],
+        "duration_ms": response.duration_ms,
+        "reason": facts.get("reason"),
+        "mat_view_run_id": response.run_id,
+    }

@@ -1,0 +1,439 @@
+"""What PostgreSQL says a view is: typed pictures of the system catalogs. Reads, and never changes anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from airflow_provider_matviews.exceptions import NotAMaterializedView, ViewNotFound
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
+
+#: pg_class.relkind in words (https://www.postgresql.org/docs/current/catalog-pg-class.html).
+_KINDS = {
+    "r": "a table",
+    "p": "a partitioned table",
+    "v": "a plain view",
+    "m": "a materialized view",
+    "i": "an index",
+    "I": "a partitioned index",
+    "S": "a sequence",
+    "c": "a composite type",
+    "f": "a foreign table",
+    "t": "a TOAST table",
+}
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What an operation has to know of the server and of its own role."""
+
+    version: int
+    role: str
+    database: str
+    current_schema: str | None
+    search_path: str
+    in_recovery: bool
+    read_only: bool
+    track_counts: bool
+
+    @property
+    def version_text(self) -> str:
+        """The version as people say it, ``15.18``."""
+        return f"{self.version // 10000}.{self.version % 10000}"
+
+
+@dataclass(frozen=True)
+class ResolvedName:
+    """A view's name with its schema.
+
+    :ivar display: as one would type it, without the schema where that is ``public``.
+    """
+
+    schema: str
+    name: str
+    display: str
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """For a statement."""
+        return sql.Identifier(self.schema, self.name)
+
+    @property
+    def ddl(self) -> str:
+        """Quoted for a statement that a person copies."""
+        return self.identifier.as_string(None)
+
+
+@dataclass(frozen=True)
+class ViewFacts:
+    """A materialized view that stands."""
+
+    oid: int
+    owner: str
+    populated: bool
+    reltuples: float
+    query: str
+    can_own: bool
+    can_maintain: bool
+
+    @property
+    def estimated_rows(self) -> int | None:
+        """The planner's estimate; None before the first ANALYZE or index build."""
+        return None if self.reltuples < 0 or not self.populated else int(self.reltuples)
+
+
+@dataclass(frozen=True)
+class IndexFacts:
+    """An index that stands on a view."""
+
+    name: str
+    definition: str
+    unique: bool
+    valid: bool
+    immediate: bool
+    partial: bool
+    expressions: bool
+    columns: tuple[str, ...]
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why REFRESH ... CONCURRENTLY cannot use it; None when it can."""
+        if not self.unique:
+            return "is not unique"
+        if not self.valid:
+            return "is INVALID (a build of it failed half-way)"
+        if self.partial:
+            return "is partial (it has a WHERE clause)"
+        if self.expressions:
+            return "is over an expression, not only plain columns"
+        if not self.immediate:
+            return "is not immediate"
+        return None
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """Something a view has that a rebuild from its definition alone would lose.
+
+    :ivar kind: ``index``, ``privilege``, ``comment``, ``option``, ``statistics`` ...
+    :ivar key: what identifies it among its kind.
+    :ivar description: for a person.
+    """
+
+    kind: str
+    key: str
+    description: str
+
+
+def server_facts() -> Work[ServerFacts]:
+    """Ask who and where we are."""
+    row = yield from fetch_one(
+        sql.SQL(
+            """
+            SELECT current_setting('server_version_num')::integer AS version, current_user::text AS role,
+                   current_database()::text AS database, current_schema()::text AS current_schema,
+                   current_setting('search_path') AS search_path,
+                   pg_catalog.pg_is_in_recovery() AS in_recovery,
+                   current_setting('transaction_read_only')::boolean AS read_only,
+                   current_setting('track_counts')::boolean AS track_counts
+            """
+        )
+    )
+    assert row is not None
+    return ServerFacts(**row)
+
+
+def resolve(view: ViewName, *, creating: bool = False, session: Session = Session.WORK) -> Work[ResolvedName]:
+    """Find the schema of a name as the server would: what stands on the search path, else where it would be made.
+
+    :param creating: resolve as CREATE does, which looks at the first schema of the path alone.
+    :raises ViewNotFound: when no schema of the search path exists.
+    """
+    row = yield from fetch_one(
+        sql.SQL(
+            """
+            SELECT s.schema, quote_ident(s.schema) AS quoted_schema, quote_ident(%(name)s) AS quoted_name,
+                   current_setting('search_path') AS search_path
+            FROM (SELECT coalesce(
+                %(schema)s::text,
+                CASE WHEN NOT %(creating)s THEN (
+                    SELECT n.nspname::text FROM pg_catalog.pg_class c
+                    JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                    WHERE c.oid = to_regclass(quote_ident(%(name)s))
+                ) END,
+                current_schema()::text) AS schema) s
+            """
+        ),
+        {"schema": view.schema, "name": view.name, "creating": creating},
+        session,
+    )
+    assert row is not None
+    if row["schema"] is None:
+        raise ViewNotFound(
+            f"{view} has no schema, and the search path ({row['search_path'] or 'empty'}) holds none that exists.",
+            hint=f"name the schema: schema.{view}",
+        )
+    display = row["quoted_name"]
+    if row["schema"] != "public":
+        display = f"{row['quoted_schema']}.{display}"
+    return ResolvedName(row["schema"], view.name, display)
+
+
+def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
+    """Return the materialized view of this name, or None where nothing stands.
+
+    :raises NotAMaterializedView: when something else does.
+    """
+    row = yield from fetch_one(
+        sql.SQL(
+            """
+            SELECT c.oid::bigint AS oid, c.relkind::text AS relkind, pg_get_userbyid(c.relowner)::text AS owner,
+                   c.relispopulated AS populated, c.reltuples::double precision AS reltuples,
+                   CASE WHEN c.relkind = 'm' THEN pg_get_viewdef(c.oid) END AS query,
+                   pg_has_role(c.relowner, 'USAGE') AS can_own,
+                   CASE WHEN current_setting('server_version_num')::integer >= 170000
+                        THEN has_table_privilege(c.oid, {maintain})
+                        ELSE pg_has_role(c.relowner, 'USAGE') END AS can_maintain
+            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+            WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+            """
+        ).format(
+            # Older servers refuse the word even in a branch not taken, when it is a constant.
+            maintain=sql.SQL(
+                "CASE WHEN current_setting('server_version_num')::integer >= 170000 THEN 'MAINTAIN' ELSE 'SELECT' END"
+            )
+        ),
+        {"schema": view.schema, "name": view.name},
+    )
+    if row is None:
+        return None
+    if (kind := row.pop("relkind")) != "m":
+        raise NotAMaterializedView(
+            f"{view.display} is {_KINDS.get(kind, 'something else')}, not a materialized view.",
+            hint="choose another name, or drop or rename what stands there.",
+        )
+    return ViewFacts(**row)
+
+
+def require_view(view: ResolvedName) -> Work[ViewFacts]:
+    """Return the materialized view of this name.
+
+    :raises ViewNotFound: when nothing stands under it.
+    :raises NotAMaterializedView: when something else does.
+    """
+    facts = yield from find_view(view)
+    if facts is None:
+        raise ViewNotFound(
+            f"The materialized view {view.display} does not exist.",
+            hint="create it first (CreateMatViewOperator or hook.create()), or check the name, the schema and "
+            "the connection's database.",
+        )
+    return facts
+
+
+def columns_of(oid: int) -> Work[list[tuple[str, str]]]:
+    """Return the names and types of a relation's columns, in order."""
+    rows = yield from fetch_all(
+        sql.SQL(
+            "SELECT attname::text AS name, format_type(atttypid, atttypmod) AS type "
+            "FROM pg_catalog.pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum"
+        ),
+        (oid,),
+    )
+    return [(row["name"], row["type"]) for row in rows]
+
+
+def indexes_of(oid: int) -> Work[list[IndexFacts]]:
+    """Return a view's indexes, by name."""
+    rows = yield from fetch_all(
+        sql.SQL(
+            """
+            SELECT c.relname::text AS name, pg_get_indexdef(i.indexrelid) AS definition, i.indisunique AS unique,
+                   i.indisvalid AS valid, i.indimmediate AS immediate, i.indpred IS NOT NULL AS partial,
+                   i.indexprs IS NOT NULL AS expressions,
+                   ARRAY(SELECT a.attname::text FROM unnest(i.indkey::smallint[]) WITH ORDINALITY AS k (attnum, n)
+                         JOIN pg_catalog.pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
+                         WHERE k.n <= i.indnkeyatts ORDER BY k.n) AS columns
+            FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+            WHERE i.indrelid = %s ORDER BY c.relname
+            """
+        ),
+        (oid,),
+    )
+    return [IndexFacts(**{**row, "columns": tuple(row["columns"])}) for row in rows]
+
+
+def dependents_of(oid: int, session: Session = Session.WORK) -> Work[list[str]]:
+    """Return descriptions of everything that DROP ... CASCADE would take along, through any depth.
+
+    Follows pg_depend (https://www.postgresql.org/docs/current/catalog-pg-depend.html) over the view's row type
+    too, so that functions and table columns of that type are found. A view's own rule stands for the view.
+    """
+    rows = yield from fetch_all(
+        sql.SQL(
+            """
+            WITH RECURSIVE reached (classid, objid, objsubid, own) AS (
+                SELECT 'pg_class'::regclass::oid, %(oid)s::oid, 0, true
+                UNION
+                SELECT target.classid, target.objid, target.objsubid, target.own
+                FROM reached r
+                JOIN pg_catalog.pg_depend d
+                  ON d.refclassid = r.classid AND d.refobjid = r.objid AND d.deptype IN ('n', 'a', 'i')
+                 AND (r.objsubid = 0 OR d.refobjsubid IN (0, r.objsubid))
+                LEFT JOIN pg_catalog.pg_rewrite w
+                  ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid AND w.rulename = '_RETURN'
+                CROSS JOIN LATERAL (
+                    SELECT CASE WHEN w.oid IS NULL THEN d.classid ELSE 'pg_class'::regclass::oid END,
+                           CASE WHEN w.oid IS NULL THEN d.objid ELSE w.ev_class END,
+                           CASE WHEN w.oid IS NULL THEN d.objsubid ELSE 0 END,
+                           r.own AND (d.deptype IN ('a', 'i') OR coalesce(w.ev_class = %(oid)s, false))
+                ) AS target (classid, objid, objsubid, own)
+            )
+            SELECT DISTINCT pg_describe_object(r.classid, r.objid, r.objsubid) AS description
+            FROM reached r
+            WHERE NOT EXISTS (SELECT 1 FROM reached mine
+                              WHERE mine.own AND (mine.classid, mine.objid) = (r.classid, r.objid))
+              -- What belongs to another dependent (its row type, its indexes) needs no line of its own.
+              AND NOT EXISTS (SELECT 1 FROM pg_catalog.pg_depend part
+                              WHERE (part.classid, part.objid) = (r.classid, r.objid)
+                                AND (part.deptype = 'i' OR (part.deptype = 'a' AND r.classid IN
+                                     ('pg_class'::regclass, 'pg_statistic_ext'::regclass)))
+                                AND r.objsubid = 0)
+            ORDER BY 1
+            """
+        ),
+        {"oid": oid},
+        session,
+    )
+    return [row["description"] for row in rows]
+
+
+def sources_of(oid: int) -> Work[list[str]]:
+    """Return the names of the relations that a view's query reads directly."""
+    rows = yield from fetch_all(
+        sql.SQL(
+            """
+            SELECT DISTINCT format('%%I.%%I', n.nspname, c.relname) AS name
+            FROM pg_catalog.pg_rewrite w
+            JOIN pg_catalog.pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+             AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> w.ev_class
+            JOIN pg_catalog.pg_class c ON c.oid = d.refobjid
+            JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+            WHERE w.ev_class = %(oid)s ORDER BY 1
+            """
+        ),
+        {"oid": oid},
+    )
+    return [row["name"] for row in rows]
+
+
+def attachments_of(oid: int) -> Work[list[Attachment]]:
+    """Return everything a view has beside its query and its rows, as ``postgres`` keeps it in the catalogs."""
+    rows = yield from fetch_all(_ATTACHMENTS, {"oid": oid})
+    return [Attachment(**row) for row in rows]
+
+
+_ATTACHMENTS = sql.SQL(
+    """
+    SELECT 'index' AS kind, i.relname::text AS key, 'index ' || quote_ident(i.relname) AS description
+    FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid WHERE x.indrelid = %(oid)s
+    UNION ALL
+    SELECT 'privilege', g.grantee || ' ' || g.privilege_type,
+           format('%%s granted to %%I', g.privilege_type, g.grantee)
+    FROM pg_catalog.pg_class c, LATERAL (
+        SELECT CASE WHEN a.grantee = 0 THEN 'public' ELSE pg_get_userbyid(a.grantee) END::text AS grantee,
+               a.privilege_type
+        FROM aclexplode(c.relacl) a WHERE a.grantee <> c.relowner) g
+    WHERE c.oid = %(oid)s
+    UNION ALL
+    SELECT 'column privilege', a.attname::text, 'privileges on column ' || quote_ident(a.attname)
+    FROM pg_catalog.pg_attribute a WHERE a.attrelid = %(oid)s AND a.attacl IS NOT NULL
+    UNION ALL
+    SELECT 'comment', '', 'its comment'
+    FROM pg_catalog.pg_description d
+    WHERE d.classoid = 'pg_class'::regclass AND d.objoid = %(oid)s AND d.objsubid = 0
+    UNION ALL
+    SELECT 'column comment', a.attname::text, 'comment on column ' || quote_ident(a.attname)
+    FROM pg_catalog.pg_description d
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = d.objoid AND a.attnum = d.objsubid
+    WHERE d.classoid = 'pg_class'::regclass AND d.objoid = %(oid)s AND d.objsubid > 0
+    UNION ALL
+    SELECT 'index comment', i.relname::text, 'comment on index ' || quote_ident(i.relname)
+    FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+    JOIN pg_catalog.pg_description d ON d.classoid = 'pg_class'::regclass AND d.objoid = i.oid
+    WHERE x.indrelid = %(oid)s
+    UNION ALL
+    SELECT 'option', split_part(option, '=', 1), 'storage parameter ' || option
+    FROM pg_catalog.pg_class c, unnest(c.reloptions) AS option WHERE c.oid = %(oid)s
+    UNION ALL
+    SELECT 'option', 'toast.' || split_part(option, '=', 1), 'storage parameter toast.' || option
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_class t ON t.oid = c.reltoastrelid, unnest(t.reloptions) AS option
+    WHERE c.oid = %(oid)s
+    UNION ALL
+    SELECT 'tablespace', s.spcname::text, 'tablespace ' || quote_ident(s.spcname)
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_tablespace s ON s.oid = c.reltablespace WHERE c.oid = %(oid)s
+    UNION ALL
+    SELECT 'access method', m.amname::text, 'access method ' || quote_ident(m.amname)
+    FROM pg_catalog.pg_class c JOIN pg_catalog.pg_am m ON m.oid = c.relam
+    WHERE c.oid = %(oid)s AND m.amname <> current_setting('default_table_access_method')
+    UNION ALL
+    SELECT 'column setting', a.attname::text,
+           'storage, compression, statistics or options of column ' || quote_ident(a.attname)
+    FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
+      AND (a.attstorage <> t.typstorage OR a.attcompression <> '' OR coalesce(a.attstattarget, -1) >= 0
+           OR a.attoptions IS NOT NULL)
+    UNION ALL
+    SELECT 'statistics', s.stxname::text, 'extended statistics ' || quote_ident(s.stxname)
+    FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = %(oid)s
+    UNION ALL
+    SELECT 'security label', l.provider, 'security label of ' || l.provider
+    FROM pg_catalog.pg_seclabel l WHERE l.classoid = 'pg_class'::regclass AND l.objoid = %(oid)s
+    UNION ALL
+    SELECT 'replica identity', c.relreplident::text, 'a replica identity of its own'
+    FROM pg_catalog.pg_class c WHERE c.oid = %(oid)s AND c.relreplident <> 'd'
+    UNION ALL
+    SELECT 'cluster', i.relname::text, 'CLUSTER mark on index ' || quote_ident(i.relname)
+    FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+    WHERE x.indrelid = %(oid)s AND x.indisclustered
+    UNION ALL
+    SELECT 'extension', e.extname::text, 'a tie to extension ' || quote_ident(e.extname)
+    FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+    WHERE d.classid = 'pg_class'::regclass AND d.objid = %(oid)s AND d.refclassid = 'pg_extension'::regclass
+      AND d.deptype IN ('e', 'x')
+    ORDER BY 1, 2
+    """
+)
+
+
+def blockers_of(view: ResolvedName) -> Work[list[dict[str, Any]]]:
+    """Return who holds a lock on a view or one of its indexes: pid, user, application, age in seconds, query head.
+
+    Asked on the record's connection: pg_stat_activity stands still inside a transaction (measured).
+    """
+    return (
+        yield from fetch_all(
+            sql.SQL(
+                """
+                SELECT a.pid, a.usename::text AS user, a.application_name AS application,
+                       round(extract(epoch FROM clock_timestamp() - a.xact_start))::integer AS age,
+                       left(regexp_replace(a.query, '\\s+', ' ', 'g'), 80) AS query
+                FROM pg_catalog.pg_stat_activity a
+                WHERE a.pid IN (
+                    SELECT l.pid FROM pg_catalog.pg_locks l
+                    WHERE l.granted AND l.database = (SELECT oid FROM pg_catalog.pg_database
+                                                      WHERE datname = current_database())
+                      AND l.relation IN (
+                        SELECT c.oid FROM pg_catalog.pg_class c
+                        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                        WHERE n.nspname = %(schema)s AND c.relname = %(name)s))
+                ORDER BY a.xact_start
+                """
+            ),
+            {"schema": view.schema, "name": view.name},
+            Session.RECORD,
+        )
+    )

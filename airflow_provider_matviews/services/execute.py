@@ -1,0 +1,152 @@
+"""Runs services on blocking psycopg connections.
+
+The driver performs what a service yields and throws into it what goes wrong, so that the service's own
+clean-up runs whatever happens: an error of the server, Ctrl-C, Airflow's task timeout.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import psycopg
+from psycopg.pq import TransactionStatus
+from psycopg.rows import dict_row
+
+from airflow_provider_matviews.services.instructions import (
+    Command,
+    Instruction,
+    Note,
+    Pause,
+    Query,
+    Result,
+    Session,
+    Work,
+)
+
+_T = TypeVar("_T")
+
+#: Seconds that asking the server to cancel may take; an unreachable server must not hold up the task's end.
+CANCEL_TIMEOUT = 5.0
+
+
+class Driver:
+    """Runs services on connections that it opens when they are first needed.
+
+    :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
+        ``Session.RECORD`` when the first one broke.
+    :param log: where a service's notes go.
+    """
+
+    def __init__(self, connect: Callable[[], psycopg.Connection[Any]], log: logging.Logger | Any | None = None) -> None:
+        self._connect = connect
+        self._log = log or logging.getLogger(__name__)
+        self._connections: dict[Session, psycopg.Connection[Any]] = {}
+        self._cancelled = threading.Event()
+        self._cancellation_told = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections; what was not committed is undone by the server."""
+        for connection in self._connections.values():
+            connection.close()
+        self._connections.clear()
+
+    def cancel(self) -> None:
+        """Ask the server to cancel what runs for the operation. Safe in a signal handler or another thread.
+
+        The service then fails with ``psycopg.errors.QueryCanceled``, rolls back and records it.
+        """
+        self._cancelled.set()
+        if connection := self._connections.get(Session.WORK):
+            _cancel(connection)
+
+    def run(self, work: Work[_T]) -> _T:
+        """Run a service to its end and return what it returns.
+
+        :raises BaseException: whatever the service lets through.
+        """
+        result, error = Result(), None
+        while True:
+            try:
+                instruction = work.send(_initial(work, result)) if error is None else work.throw(error)
+                error = None
+                result = self._perform(instruction)
+            except StopIteration as stop:
+                value: _T = stop.value
+                return value
+            except BaseException as raised:
+                if inspect.getgeneratorstate(work) == inspect.GEN_CLOSED:
+                    raise
+                error = raised
+
+    def _perform(self, instruction: Instruction) -> Result:
+        if self._cancelled.is_set() and not self._cancellation_told:
+            # cancel() came while nothing ran on the server. Told once: the clean-up has to get through.
+            self._cancellation_told = True
+            raise psycopg.errors.QueryCanceled("cancelled between two statements")
+        match instruction:
+            case Query(statement, parameters, session):
+                return self._execute(session, statement, parameters)
+            case Command(statement, session):
+                return self._execute(session, statement, None)
+            case Pause(seconds):
+                # An event, not time.sleep(): cancel() ends the pause, and with it the wait.
+                if self._cancelled.wait(seconds):
+                    self._cancellation_told = True
+                    raise psycopg.errors.QueryCanceled("cancelled while waiting")
+            case Note(message, warning):
+                (self._log.warning if warning else self._log.info)("%s", message)
+        return Result()
+
+    def _execute(self, session: Session, statement: Any, parameters: Any) -> Result:
+        connection = self._connection(session)
+        try:
+            with connection.cursor(row_factory=dict_row) as cursor:
+                # Without parameters the binary format is what makes psycopg use the extended protocol.
+                cursor.execute(statement, parameters, binary=parameters is None, prepare=False)
+                return Result(cursor.fetchall() if cursor.description else [])
+        except psycopg.errors.QueryCanceled:
+            self._cancellation_told = True
+            raise
+        except psycopg.Error:
+            raise
+        except BaseException:
+            # Something other than the server ended the wait (a signal, a timeout): the statement still runs
+            # there and would run on, and even commit, after a mere close() (measured).
+            _cancel(connection)
+            if connection.pgconn.transaction_status is TransactionStatus.ACTIVE:
+                connection.close()
+            raise
+
+    def _connection(self, session: Session) -> psycopg.Connection[Any]:
+        connection = self._connections.get(session)
+        if connection is None or (session is Session.RECORD and connection.closed):
+            connection = self._connect()
+            connection.autocommit = True
+            # A prepared statement is session state, which a transaction pooler hands to somebody else.
+            connection.prepare_threshold = None
+            self._connections[session] = connection
+        return connection
+
+
+def _initial(work: Work[Any], result: Result) -> Any:
+    return None if inspect.getgeneratorstate(work) == inspect.GEN_CREATED else result
+
+
+def _cancel(connection: psycopg.Connection[Any]) -> None:
+    if not connection.closed and connection.pgconn.transaction_status is TransactionStatus.ACTIVE:
+        with suppress(psycopg.Error):
+            connection.cancel_safe(timeout=CANCEL_TIMEOUT)

@@ -1,0 +1,370 @@
+"""The record: one row for every definition, one for every run.
+
+Written by what wraps the services (``run.py``), never by a service. A run is inserted ``running`` on a
+connection of its own while the view's lock is held, and ends ``success`` in the operation's own transaction:
+so a success and its data commit together, and a ``running`` row whose lock is free is an orphan.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import IntEnum
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
+from airflow_provider_matviews.exceptions import RunLost
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
+
+
+class RunStatus(IntEnum):
+    """The codes in ``mat_view_runs.status``."""
+
+    RUNNING = 1
+    SUCCESS = 2
+    FAILED = 3
+    SKIPPED = 4
+
+
+class Operation(IntEnum):
+    """The codes in ``mat_view_runs.operation``."""
+
+    CREATE = 0
+    REFRESH = 1
+    DROP = 2
+
+    @property
+    def word(self) -> str:
+        """As ``mat_view_run_history`` says it."""
+        return self.name.lower()
+
+
+#: The codes in ``mat_view_definitions.refresh_strategy``.
+STRATEGY_CODES = {
+    RefreshStrategy.REGULAR: 0,
+    RefreshStrategy.CONCURRENT: 1,
+    RefreshStrategy.SWAP: 2,
+    RefreshStrategy.AUTO: 3,
+}
+_STRATEGIES = {code: strategy for strategy, code in STRATEGY_CODES.items()}
+
+
+@dataclass(frozen=True)
+class DefinitionRecord:
+    """A row of ``mat_view_definitions``.
+
+    :ivar name: the view as one would type it; without its schema where that is ``public``.
+    :ivar sql: the query; None for a view of which nothing but the name is known.
+    :ivar declaration: the whole definition, as :meth:`MatViewDefinition.from_dict` reads it; empty for a view
+        that was never declared.
+    """
+
+    id: int
+    name: str
+    schema_name: str
+    view_name: str
+    sql: str | None
+    refresh_strategy: RefreshStrategy
+    unique_index_columns: tuple[str, ...]
+    managed: bool
+    declaration: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row of ``mat_view_runs``, with words for its codes.
+
+    :ivar view: the view's name, as in :class:`DefinitionRecord`.
+    :ivar operation: ``create``, ``refresh`` or ``drop``.
+    :ivar status: ``running``, ``success``, ``failed`` or ``skipped``.
+    :ivar duration_ms: milliseconds by the worker's monotonic clock.
+    :ivar error: message, class, sqlstate, backtrace (a list of lines), hint; None unless failed.
+    :ivar meta: row_count_before, row_count_after, strategy, request, response, and whose task it was.
+    """
+
+    id: int
+    view: str
+    operation: str
+    status: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    duration_ms: int | None
+    error: dict[str, Any] | None
+    meta: dict[str, Any]
+    created_at: datetime
+
+    @property
+    def row_count_before(self) -> int | None:
+        """Rows before the operation; None where unknown."""
+        return self.meta.get("row_count_before")
+
+    @property
+    def row_count_after(self) -> int | None:
+        """Rows after the operation; None where unknown."""
+        return self.meta.get("row_count_after")
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Writes and reads the record in one schema.
+
+    :param tracking_schema: the schema's name, not quoted.
+    :param redact: takes secrets out of text, before any of it is written.
+    """
+
+    tracking_schema: str
+    redact: Callable[[str], str] = str
+
+    def _table(self, name: str) -> sql.Identifier:
+        return sql.Identifier(self.tracking_schema, name)
+
+    def clean(self, value: Any) -> Any:
+        """Return plain data without secrets, and without what jsonb cannot hold."""
+        if isinstance(value, str):
+            # jsonb refuses NUL and halves of surrogate pairs; a record with a mark beats no record.
+            return self.redact(value).replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+        if isinstance(value, Mapping):
+            return {self.clean(str(key)): self.clean(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self.clean(item) for item in value]
+        return value
+
+    def definition(self, view: ResolvedName) -> Work[DefinitionRecord | None]:
+        """Return what is recorded of a view, or None."""
+        row = yield from fetch_one(
+            sql.SQL("SELECT * FROM {} WHERE schema_name = %s AND view_name = %s").format(
+                self._table("mat_view_definitions")
+            ),
+            (view.schema, view.name),
+            Session.RECORD,
+        )
+        return None if row is None else _definition(row)
+
+    def definitions(self) -> Work[list[DefinitionRecord]]:
+        """Return every definition, by name."""
+        rows = yield from fetch_all(
+            sql.SQL("SELECT * FROM {} ORDER BY name").format(self._table("mat_view_definitions")),
+            session=Session.RECORD,
+        )
+        return [_definition(row) for row in rows]
+
+    def declare(self, view: ResolvedName, definition: MatViewDefinition) -> Work[DefinitionRecord]:
+        """Record what a view should be, and return the row. Writes nothing where nothing changed."""
+        known = yield from self.definition(view)
+        declaration = definition.to_dict()
+        if known is not None and known.declaration == declaration:
+            return known
+        return (
+            yield from self._write_definition(
+                view,
+                definition.sql,
+                RefreshStrategy(definition.refresh_strategy),
+                list(definition.unique_index_columns),
+                definition.managed,
+                declaration,
+            )
+        )
+
+    def adopt(self, view: ResolvedName, query: str | None) -> Work[DefinitionRecord]:
+        """Return the row of a view; make one, ``managed=false``, for a view that was never declared.
+
+        :param query: the standing view's query; None where none stands.
+        """
+        known = yield from self.definition(view)
+        if known is not None and (known.declaration or known.sql == query or query is None):
+            return known
+        return (yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {}))
+
+    def _write_definition(
+        self,
+        view: ResolvedName,
+        query: str | None,
+        strategy: RefreshStrategy,
+        unique_index_columns: list[str],
+        managed: bool,
+        declaration: dict[str, Any],
+    ) -> Work[DefinitionRecord]:
+        row = yield from fetch_one(
+            sql.SQL(
+                """
+                INSERT INTO {} AS d (name, schema_name, view_name, sql, refresh_strategy, unique_index_columns,
+                                     managed, declaration)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s)
+                ON CONFLICT (schema_name, view_name) DO UPDATE
+                SET sql = excluded.sql, refresh_strategy = excluded.refresh_strategy,
+                    unique_index_columns = excluded.unique_index_columns, managed = excluded.managed,
+                    declaration = excluded.declaration, updated_at = clock_timestamp()
+                RETURNING d.*
+                """
+            ).format(self._table("mat_view_definitions")),
+            (
+                view.display,
+                view.schema,
+                view.name,
+                query,
+                STRATEGY_CODES[strategy],
+                Jsonb(unique_index_columns),
+                managed,
+                Jsonb(declaration),
+            ),
+            Session.RECORD,
+        )
+        assert row is not None
+        return _definition(row)
+
+    def start(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[int]:
+        """Insert a run as ``running`` and return its id. The caller holds the view's lock."""
+        row = yield from fetch_one(
+            sql.SQL(
+                "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, meta) "
+                "VALUES (%s, %s, %s, clock_timestamp(), %s) RETURNING id"
+            ).format(self._table("mat_view_runs")),
+            (definition_id, RunStatus.RUNNING, operation, Jsonb(self.clean(meta))),
+            Session.RECORD,
+        )
+        assert row is not None
+        return int(row["id"])
+
+    def skip(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[int]:
+        """Insert a run that never began, as ``skipped``, and return its id."""
+        row = yield from fetch_one(
+            sql.SQL(
+                "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, finished_at, duration_ms, "
+                "meta) SELECT %s, %s, %s, now, now, 0, %s FROM clock_timestamp() AS now RETURNING id"
+            ).format(self._table("mat_view_runs")),
+            (definition_id, RunStatus.SKIPPED, operation, Jsonb(self.clean(meta))),
+            Session.RECORD,
+        )
+        assert row is not None
+        return int(row["id"])
+
+    def finish(self, run_id: int, status: RunStatus, duration_ms: int, meta: Mapping[str, Any]) -> Work[None]:
+        """End a run well, in the operation's own transaction."""
+        yield from fetch_all(
+            sql.SQL(
+                "UPDATE {} SET status = %s, finished_at = clock_timestamp(), duration_ms = %s, meta = %s, "
+                "updated_at = clock_timestamp() WHERE id = %s"
+            ).format(self._table("mat_view_runs")),
+            (status, duration_ms, Jsonb(self.clean(meta)), run_id),
+        )
+
+    def fail(self, run_id: int, error: BaseException, duration_ms: int, meta: Mapping[str, Any]) -> Work[RunStatus]:
+        """End a run as ``failed`` unless it did commit, and return the status that it now has.
+
+        Where the answer to COMMIT was lost this waits, on the row's lock, until the server has decided.
+        An orphan verdict that came first is replaced: this is the process itself speaking.
+        """
+        row = yield from fetch_one(
+            sql.SQL(
+                """
+                WITH ended AS (
+                    UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(),
+                           duration_ms = %(duration)s, error = %(error)s, meta = %(meta)s,
+                           updated_at = clock_timestamp()
+                    WHERE id = %(id)s AND (status = %(running)s
+                                           OR (status = %(failed)s AND error->>'class' = %(lost)s))
+                    RETURNING status
+                )
+                SELECT status FROM ended
+                """
+            ).format(runs=self._table("mat_view_runs")),
+            {
+                "id": run_id,
+                "failed": RunStatus.FAILED,
+                "running": RunStatus.RUNNING,
+                "lost": RunLost.__name__,
+                "duration": duration_ms,
+                "error": Jsonb(self.describe_error(error)),
+                "meta": Jsonb(self.clean(meta)),
+            },
+            Session.RECORD,
+        )
+        if row is None:
+            # A statement of its own: its snapshot is newer than whatever the UPDATE had to wait for.
+            row = yield from fetch_one(
+                sql.SQL("SELECT status FROM {} WHERE id = %s").format(self._table("mat_view_runs")),
+                (run_id,),
+                Session.RECORD,
+            )
+        return RunStatus.FAILED if row is None else RunStatus(row["status"])
+
+    def reap(self, definition_id: int) -> Work[list[int]]:
+        """Mark the orphans of a view as failed (``RunLost``) and return their ids.
+
+        The caller holds the view's lock, so every run of it that still says ``running`` has ended.
+        """
+        rows = yield from fetch_all(
+            sql.SQL(
+                """
+                UPDATE {} SET status = %s, finished_at = clock_timestamp(), updated_at = clock_timestamp(),
+                       error = %s
+                WHERE mat_view_definition_id = %s AND status = %s
+                RETURNING id
+                """
+            ).format(self._table("mat_view_runs")),
+            (
+                RunStatus.FAILED,
+                Jsonb(
+                    {
+                        "class": RunLost.__name__,
+                        "message": "The process that ran this ended without a word (killed, or its machine or "
+                        "its connection was lost). The server undid what it had begun; the view serves as "
+                        "before. Found by the next operation on the view.",
+                        "sqlstate": None,
+                        "backtrace": [],
+                        "hint": None,
+                    }
+                ),
+                definition_id,
+                RunStatus.RUNNING,
+            ),
+            Session.RECORD,
+        )
+        return [row["id"] for row in rows]
+
+    def runs(self, view: ResolvedName | None, limit: int) -> Work[list[Run]]:
+        """Return the latest runs, newest first: of one view, or of all."""
+        where = (
+            sql.SQL("")
+            if view is None
+            else sql.SQL(
+                "WHERE mat_view_definition_id = (SELECT id FROM {} WHERE schema_name = {} AND view_name = {})"
+            ).format(self._table("mat_view_definitions"), sql.Literal(view.schema), sql.Literal(view.name))
+        )
+        rows = yield from fetch_all(
+            sql.SQL(
+                "SELECT id, view, operation, status, started_at, finished_at, duration_ms, error, meta, created_at "
+                "FROM {} {} ORDER BY created_at DESC, id DESC LIMIT {}"
+            ).format(self._table("mat_view_run_history"), where, sql.Literal(limit)),
+            session=Session.RECORD,
+        )
+        return [Run(**row) for row in rows]
+
+    def describe_error(self, error: BaseException) -> dict[str, Any]:
+        """Return an error as the record keeps it."""
+        message = getattr(error, "message", None) or str(error) or type(error).__name__
+        described: dict[str, Any] = self.clean(
+            {
+                "class": type(error).__name__,
+                "message": message,
+                "sqlstate": error.sqlstate if isinstance(error, psycopg.Error) else None,
+                "hint": getattr(error, "hint", None) or "\n".join(getattr(error, "__notes__", ())) or None,
+                "backtrace": "".join(traceback.format_exception(error)).splitlines(),
+            }
+        )
+        return described
+
+
+def _definition(row: Mapping[str, Any]) -> DefinitionRecord:
+    values = {**row, "refresh_strategy": _STRATEGIES[row["refresh_strategy"]]}
+    values["unique_index_columns"] = tuple(row["unique_index_columns"])
+    return DefinitionRecord(**values)

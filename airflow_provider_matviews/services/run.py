@@ -1,0 +1,262 @@
+"""One recorded operation: what wraps a service so that the record never lies.
+
+In one transaction: take the view's lock, insert the run as ``running`` on a second connection, do the
+operation, and set the run to ``success``; all of that commits together. Whatever ends the process in between
+leaves the view as it was and a ``running`` row whose lock is free, which the next operation marks as failed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+from airflow_provider_matviews.definition import IfLocked, MatViewDefinition
+from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer, ViewLocked
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
+from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_all
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
+from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
+from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.response import Report, ServiceResponse
+
+MINIMUM_VERSION = 140000
+
+#: Generous: what waits here has done its work already and would lose it.
+_RECORD_LOCK_TIMEOUT = sql.Literal("30s")
+
+#: How soon the server notices that the client is gone. Without it a killed worker's REFRESH runs on to its
+#: end, holding its locks (measured). Takes effect from PostgreSQL 14, and where the server's system can tell.
+_CONNECTION_CHECK = sql.SQL(
+    "set_config('client_connection_check_interval', CASE WHEN version() ~* 'linux' OR (version() !~* "
+    "'mingw|visual c|msvc' AND current_setting('server_version_num')::integer >= 150000) THEN '2s' ELSE '0' END, true)"
+)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an operation is about: a view by its name, and its definition where one is at hand."""
+
+    name: ViewName
+    definition: MatViewDefinition | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a service is given when its turn has come."""
+
+    view: ResolvedName
+    server: ServerFacts
+    record: DefinitionRecord
+    report: Report
+    patience: Patience
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How an operation is to be run.
+
+    :ivar request: what was asked, for the record.
+    :ivar context: whose task it is (dag_id, task_id, ...), for the record.
+    """
+
+    if_locked: IfLocked = IfLocked.WAIT
+    patience: Patience = field(default_factory=Patience)
+    request: Mapping[str, Any] = field(default_factory=dict)
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+
+def record_run(
+    operation: Operation,
+    subject: Subject,
+    ledger: Ledger,
+    terms: Terms,
+    service: Callable[[Prepared], Work[ServiceResponse]],
+) -> Work[ServiceResponse]:
+    """Run a service as one recorded operation.
+
+    :returns: the service's response, with the id of its run row; ``skipped`` where another operation on the
+        view was running and ``if_locked="skip"``.
+    :raises UnsupportedServer: when the server cannot take this operation; nothing is recorded then.
+    :raises MissingPrivilege: when the role may not use the run tables; nothing is recorded then.
+    :raises ViewLocked: when another operation on the view was running, for as long as the terms allow.
+    :raises BaseException: what the service raised, once the run row says so.
+    """
+    begun = time.monotonic()
+    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
+    try:
+        view, server = yield from _prepare(operation, subject, terms)
+        taken = yield from take_view_lock(view, terms.if_locked, terms.patience)
+        yield from ensure_schema(ledger.tracking_schema)
+        report = Report.on(view.display, dict(terms.request))
+        if not taken:
+            return (yield from _stand_back(operation, view, ledger, terms, report))
+        record = yield from _record_of(view, subject, ledger)
+        for lost in (yield from ledger.reap(record.id)):
+            yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
+        run_id = yield from ledger.start(record.id, operation, _meta(report, terms))
+        prepared = Prepared(view, server, record, report, terms.patience)
+        return (yield from _carry_out(service, prepared, run_id, ledger, terms, begun))
+    except BaseException:
+        yield from _roll_back()
+        raise
+
+
+def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
+    yield from fetch_all(
+        sql.SQL(
+            "SELECT set_config('lock_timeout', {}, true), "
+            "set_config('idle_in_transaction_session_timeout', '0', true), {}"
+        ).format(sql.Literal(terms.patience.lock_timeout_setting), _CONNECTION_CHECK)
+    )
+    server = yield from catalog.server_facts()
+    if server.in_recovery or server.read_only:
+        what = "is a standby: it takes no writes" if server.in_recovery else "is set to read-only transactions"
+        raise UnsupportedServer(
+            f"The server of database {server.database} {what}, so nothing can be created, refreshed or dropped there.",
+            hint="point the connection at the primary (target_session_attrs=read-write among several hosts)."
+            if server.in_recovery
+            else "unset default_transaction_read_only for this role, database or connection.",
+        )
+    view = yield from catalog.resolve(subject.name, creating=operation is Operation.CREATE)
+    return view, server
+
+
+def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger) -> Work[DefinitionRecord]:
+    if subject.definition is not None:
+        return (yield from ledger.declare(view, subject.definition))
+    rows = yield from fetch_all(
+        sql.SQL(
+            "SELECT pg_get_viewdef(c.oid) AS query FROM pg_catalog.pg_class c "
+            "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = {} AND c.relname = {} AND c.relkind = 'm'"
+        ).format(sql.Literal(view.schema), sql.Literal(view.name))
+    )
+    return (yield from ledger.adopt(view, rows[0]["query"] if rows else None))
+
+
+def _stand_back(
+    operation: Operation, view: ResolvedName, ledger: Ledger, terms: Terms, report: Report
+) -> Work[ServiceResponse]:
+    record = yield from ledger.adopt(view, None)
+    reason = "another operation on the view is running"
+    report.told(reason=reason, locked=True)
+    run_id = yield from ledger.skip(record.id, operation, _meta(report, terms))
+    if terms.if_locked is IfLocked.SKIP:
+        yield Note(f"Skipped: {reason}.")
+        yield from _roll_back()
+        return replace(report.end("skipped"), run_id=run_id)
+    error = ViewLocked(
+        f"{view.display} is being worked on by another operation"
+        + (f", for longer than max_wait={terms.patience.max_wait:g} s." if terms.if_locked is IfLocked.WAIT else "."),
+        hint="see hook.runs() for the one that is running; if_locked='wait' waits for it, 'skip' lets it be.",
+    )
+    error.response = replace(report.unfinished(), run_id=run_id)
+    raise error
+
+
+def _carry_out(
+    service: Callable[[Prepared], Work[ServiceResponse]],
+    prepared: Prepared,
+    run_id: int,
+    ledger: Ledger,
+    terms: Terms,
+    begun: float,
+) -> Work[ServiceResponse]:
+    response: ServiceResponse | None = None
+
+    def attempt() -> Work[ServiceResponse]:
+        prepared.report.restart()
+        return (yield from service(prepared))
+
+    try:
+        # The savepoint inside keeps the view's lock through an error, until that error is on record.
+        response = yield from politely(prepared.view, prepared.patience, attempt)
+        status = RunStatus.SKIPPED if response.status == "skipped" else RunStatus.SUCCESS
+        yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
+        meta = _meta(prepared.report, terms, response.status)
+        duration = _milliseconds(begun)
+        yield from ledger.finish(run_id, status, duration, meta)
+        yield Command(sql.SQL("COMMIT"))
+    except BaseException as error:
+        if response is not None:
+            # The run row is locked by this transaction; the record's connection would wait for it for ever.
+            yield from _roll_back()
+        ended = yield from _record_failure(run_id, error, ledger, _meta(prepared.report, terms), begun)
+        if response is None or ended not in (RunStatus.SUCCESS, RunStatus.SKIPPED):
+            _attach(error, replace(prepared.report.unfinished(), run_id=run_id))
+            raise
+        yield Note("The answer to COMMIT was lost, but the server did commit.", warning=True)
+        if not isinstance(error, psycopg.Error):
+            raise
+    yield Note(_story(response, time.monotonic() - begun))
+    return replace(response, run_id=run_id, duration_ms=duration)
+
+
+_DONE = {"created": "Created", "updated": "Updated", "deleted": "Dropped", "skipped": "Left as it is:"}
+
+
+def _story(response: ServiceResponse, seconds: float) -> str:
+    facts = response.response
+    told = f"{_DONE[response.status or 'skipped']} {facts['view']} in {seconds:.2f} s"
+    before, after = facts["row_count_before"], facts["row_count_after"]
+    if after is not None:
+        told += f": {after:,} rows" + ("" if before is None else f" (before: {before:,})")
+    if "rows_inserted" in facts:
+        told += f"; {facts['rows_inserted']:,} inserted, {facts['rows_deleted']:,} deleted"
+    return f"{told}."
+
+
+def _record_failure(
+    run_id: int, error: BaseException, ledger: Ledger, meta: dict[str, Any], begun: float
+) -> Work[RunStatus | None]:
+    try:
+        # A transaction only for its lock_timeout: a server that has not noticed yet that the operation's
+        # connection is gone still holds the row.
+        yield Command(sql.SQL("BEGIN"), Session.RECORD)
+        yield Command(sql.SQL("SET LOCAL lock_timeout = {}").format(_RECORD_LOCK_TIMEOUT), Session.RECORD)
+        status = yield from ledger.fail(run_id, error, _milliseconds(begun), meta)
+        yield Command(sql.SQL("COMMIT"), Session.RECORD)
+        return status
+    except psycopg.Error as trouble:
+        yield Note(
+            f"The run {run_id} could not be marked as failed ({type(trouble).__name__}); it says `running` until "
+            "the next operation on the view finds it.",
+            warning=True,
+        )
+        return None
+
+
+def _roll_back() -> Work[None]:
+    try:
+        yield Command(sql.SQL("ROLLBACK"))
+    except psycopg.Error as error:
+        # A connection that is gone has been rolled back by the server.
+        yield Note(f"The connection is gone ({type(error).__name__}); the server rolls back by itself.", True)
+
+
+def _attach(error: BaseException, response: ServiceResponse) -> None:
+    if isinstance(error, (MatViewError, psycopg.Error)):
+        error.response = response  # type: ignore[union-attr]
+
+
+def _milliseconds(begun: float) -> int:
+    return round((time.monotonic() - begun) * 1000)
+
+
+def _meta(report: Report, terms: Terms, status: str | None = None) -> dict[str, Any]:
+    response = report.response
+    return {
+        "row_count_before": response["row_count_before"],
+        "row_count_after": response["row_count_after"],
+        "strategy": response["strategy"],
+        "request": dict(report.request),
+        "response": {"status": status, **response},
+        **terms.context,
+    }

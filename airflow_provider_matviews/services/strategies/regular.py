@@ -1,0 +1,32 @@
+"""``regular``: REFRESH MATERIALIZED VIEW. The least work for the server; readers wait while it runs.
+
+It holds ACCESS EXCLUSIVE from its start
+(https://www.postgresql.org/docs/current/sql-refreshmaterializedview.html).
+"""
+
+from __future__ import annotations
+
+from psycopg import sql
+
+from airflow_provider_matviews.definition import RowCountStrategy
+from airflow_provider_matviews.services import row_counts
+from airflow_provider_matviews.services.instructions import Command, Work
+from airflow_provider_matviews.services.strategies.base import Refreshing
+
+
+def refresh(job: Refreshing) -> Work[None]:
+    """Rewrite the view; its new row count comes for free with it."""
+    before = yield from row_counts.before_refresh(job.view, job.facts, job.row_counts)
+    written_before = yield from row_counts.written(job.facts.oid, job.server)
+    yield from job.report.run("refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(job.view.identifier)))
+    job.report.told(strategy="regular", row_count_before=before)
+    if job.row_counts is RowCountStrategy.NONE:
+        return
+    written = yield from row_counts.written(job.facts.oid, job.server)
+    if written is not None and written_before is not None:
+        after: int | None = written.since(written_before).inserted
+    elif job.row_counts is RowCountStrategy.EXACT:
+        after = yield from row_counts.counted(job.view)
+    else:
+        after = yield from row_counts.estimated(job.facts.oid)
+    job.report.told(row_count_after=after)
