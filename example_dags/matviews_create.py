@@ -1,6 +1,6 @@
 """Create the materialized views that `views/*.sql` declare.
 
-Run it by hand, or after each deployment: a view that stands as declared is left alone (the task is skipped).
+Run it by hand, or after each deployment: a view that stands is left as it is.
 """
 
 from __future__ import annotations

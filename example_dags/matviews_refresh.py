@@ -35,19 +35,19 @@ with DAG(
         row_count_strategy="exact",
     )
 
-    # No strategy here: the definition says "concurrent", and readers never wait. Where another run is at it,
-    # that one will do.
+    # No strategy here, so the definition's: "concurrent", and readers never wait.
     account_weeks = RefreshMatViewOperator(
         task_id="refresh_account_weeks",
         view="analytics.account_weeks",
-        if_locked="skip",
     )
 
-    # One mapped task for each view; "auto" chooses by what the last refreshes cost. The list may as well be
-    # the output of another task.
-    others = RefreshMatViewOperator.partial(task_id="refresh_others", refresh_strategy="auto").expand(
-        view=["analytics.account_retention", "analytics.user_ranking"]
-    )
+    # One mapped task for each view; the list may as well be the output of another task. "auto" chooses the
+    # strategy by the facts. Where a refresh of the view is under way already, that one will do.
+    others = RefreshMatViewOperator.partial(
+        task_id="refresh_others",
+        refresh_strategy="auto",
+        if_locked="skip",
+    ).expand(view=["analytics.account_retention", "analytics.user_ranking"])
 
     # account_retention reads account_weeks.
     account_weeks >> others

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, LiteralString
+
+# Before anything of Airflow is imported: it reads its home and its database when it loads.
+_AIRFLOW_HOME = tempfile.mkdtemp(prefix="matviews-tests-airflow-")
+atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)
+os.environ.update(
+    AIRFLOW_HOME=_AIRFLOW_HOME,
+    AIRFLOW__DATABASE__SQL_ALCHEMY_CONN=f"sqlite:///{_AIRFLOW_HOME}/airflow.db",
+    AIRFLOW__CORE__LOAD_EXAMPLES="False",
+    AIRFLOW__CORE__UNIT_TEST_MODE="False",
+    AIRFLOW__CORE__DAGS_FOLDER=f"{_AIRFLOW_HOME}/dags",
+)
 
 import psycopg
 import pytest
+from airflow.sdk import Connection
 from psycopg import sql
 
+from airflow_provider_matviews.hooks.matview import MatViewHook
 from demo.postgres_server import PostgresServer, find_installations
 
 INSTALLATIONS = find_installations()
@@ -26,12 +43,21 @@ class Database:
 
     server: PostgresServer
     name: str
+    roles: list[str] = field(default_factory=list)
 
     def dsn(self, user: str = "postgres") -> str:
         return self.server.dsn(self.name, user)
 
     def connect(self, user: str = "postgres", **arguments: Any) -> psycopg.Connection[Any]:
         return psycopg.connect(self.dsn(user), autocommit=True, **arguments)
+
+    def role(self, options: LiteralString = "LOGIN") -> str:
+        """Make a role of a name of its own (roles belong to the whole server); it goes with the database."""
+        name = f"role_{next(_numbers)}"
+        self.roles.append(name)
+        with self.connect() as connection:
+            connection.execute(sql.SQL("CREATE ROLE {} " + options).format(sql.Identifier(name)))
+        return name
 
     def execute(self, *statements: LiteralString) -> None:
         with self.connect() as connection:
@@ -66,9 +92,12 @@ def _database(servers: dict[int, PostgresServer], major: int) -> Iterator[Databa
     server, name = servers[major], f"test_{next(_numbers)}"
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    yield Database(server, name)
+    database = Database(server, name)
+    yield database
     with psycopg.connect(server.dsn(), autocommit=True) as connection:
         connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+        for role in database.roles:
+            connection.execute(sql.SQL("DROP ROLE {}").format(sql.Identifier(role)))
 
 
 @pytest.fixture(params=sorted(INSTALLATIONS), ids=lambda major: f"pg{major}")
@@ -81,3 +110,18 @@ def each_db(request: pytest.FixtureRequest, servers: dict[int, PostgresServer]) 
 def db(servers: dict[int, PostgresServer]) -> Iterator[Database]:
     """A database on the newest major."""
     yield from _database(servers, NEWEST)
+
+
+def hook_on(database: Database, user: str = "postgres", **arguments: Any) -> MatViewHook:
+    """Return a hook on a test's database. ``extra`` and ``password`` go into the Airflow connection."""
+    connection = Connection(
+        conn_id="views",
+        conn_type="postgres",
+        host="127.0.0.1",
+        port=database.server.port,
+        login=user,
+        password=arguments.pop("password", None),
+        schema=database.name,
+        extra=arguments.pop("extra", None),
+    )
+    return MatViewHook(postgres_conn_id="views", connection=connection, **arguments)

@@ -304,7 +304,7 @@ class MatViewHook(PostgresHook):
             return ViewDescription(
                 name=resolved.display,
                 owner=facts.owner,
-                query=facts.query,
+                query=(yield from catalog.query_of(resolved)) or "",
                 populated=facts.populated,
                 estimated_rows=facts.estimated_rows,
                 columns=tuple((yield from catalog.columns_of(facts.oid))),

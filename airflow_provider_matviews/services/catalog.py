@@ -33,7 +33,6 @@ class ServerFacts:
     version: int
     role: str
     database: str
-    current_schema: str | None
     search_path: str
     in_recovery: bool
     read_only: bool
@@ -75,9 +74,11 @@ class ViewFacts:
     owner: str
     populated: bool
     reltuples: float
-    query: str
     can_own: bool
     can_maintain: bool
+    #: Rows that this transaction has already written to it, as the server counts them.
+    inserted: int
+    deleted: int
 
     @property
     def estimated_rows(self) -> int | None:
@@ -128,35 +129,29 @@ class Attachment:
     description: str
 
 
-def server_facts() -> Work[ServerFacts]:
-    """Ask who and where we are."""
-    row = yield from fetch_one(
-        sql.SQL(
-            """
-            SELECT current_setting('server_version_num')::integer AS version, current_user::text AS role,
-                   current_database()::text AS database, current_schema()::text AS current_schema,
-                   current_setting('search_path') AS search_path,
-                   pg_catalog.pg_is_in_recovery() AS in_recovery,
-                   current_setting('transaction_read_only')::boolean AS read_only,
-                   current_setting('track_counts')::boolean AS track_counts
-            """
-        )
-    )
-    assert row is not None
-    return ServerFacts(**row)
-
-
 def resolve(view: ViewName, *, creating: bool = False, session: Session = Session.WORK) -> Work[ResolvedName]:
     """Find the schema of a name as the server would: what stands on the search path, else where it would be made.
 
     :param creating: resolve as CREATE does, which looks at the first schema of the path alone.
     :raises ViewNotFound: when no schema of the search path exists.
     """
+    _, resolved = yield from arrive(view, creating=creating, session=session)
+    return resolved
+
+
+def arrive(
+    view: ViewName, *, creating: bool = False, session: Session = Session.WORK
+) -> Work[tuple[ServerFacts, ResolvedName]]:
+    """Ask, in one round trip, where we are and which view a name means there; as :func:`resolve` does."""
     row = yield from fetch_one(
         sql.SQL(
             """
-            SELECT s.schema, quote_ident(s.schema) AS quoted_schema, quote_ident(%(name)s) AS quoted_name,
-                   current_setting('search_path') AS search_path
+            SELECT current_setting('server_version_num')::integer AS version, current_user::text AS role,
+                   current_database()::text AS database, current_setting('search_path') AS search_path,
+                   pg_catalog.pg_is_in_recovery() AS in_recovery,
+                   current_setting('transaction_read_only')::boolean AS read_only,
+                   current_setting('track_counts')::boolean AS track_counts,
+                   s.schema, quote_ident(s.schema) AS quoted_schema, quote_ident(%(name)s) AS quoted_name
             FROM (SELECT coalesce(
                 %(schema)s::text,
                 CASE WHEN NOT %(creating)s THEN (
@@ -171,15 +166,16 @@ def resolve(view: ViewName, *, creating: bool = False, session: Session = Sessio
         session,
     )
     assert row is not None
-    if row["schema"] is None:
+    schema, quoted_schema, display = row.pop("schema"), row.pop("quoted_schema"), row.pop("quoted_name")
+    server = ServerFacts(**row)
+    if schema is None:
         raise ViewNotFound(
-            f"{view} has no schema, and the search path ({row['search_path'] or 'empty'}) holds none that exists.",
+            f"{view} has no schema, and the search path ({server.search_path or 'empty'}) holds none that exists.",
             hint=f"name the schema: schema.{view}",
         )
-    display = row["quoted_name"]
-    if row["schema"] != "public":
-        display = f"{row['quoted_schema']}.{display}"
-    return ResolvedName(row["schema"], view.name, display)
+    if schema != "public":
+        display = f"{quoted_schema}.{display}"
+    return server, ResolvedName(schema, view.name, display)
 
 
 def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
@@ -192,7 +188,8 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
             """
             SELECT c.oid::bigint AS oid, c.relkind::text AS relkind, pg_get_userbyid(c.relowner)::text AS owner,
                    c.relispopulated AS populated, c.reltuples::double precision AS reltuples,
-                   CASE WHEN c.relkind = 'm' THEN pg_get_viewdef(c.oid) END AS query,
+                   pg_stat_get_xact_tuples_inserted(c.oid) AS inserted,
+                   pg_stat_get_xact_tuples_deleted(c.oid) AS deleted,
                    pg_has_role(c.relowner, 'USAGE') AS can_own,
                    CASE WHEN current_setting('server_version_num')::integer >= 170000
                         THEN has_table_privilege(c.oid, {maintain})
@@ -232,6 +229,19 @@ def require_view(view: ResolvedName) -> Work[ViewFacts]:
             "the connection's database.",
         )
     return facts
+
+
+def query_of(view: ResolvedName) -> Work[str | None]:
+    """Return a view's query as PostgreSQL words it, or None where no materialized view stands."""
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT pg_get_viewdef(c.oid) AS query FROM pg_catalog.pg_class c "
+            "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = %s AND c.relname = %s AND c.relkind = 'm'"
+        ),
+        (view.schema, view.name),
+    )
+    return None if row is None else str(row["query"])
 
 
 def columns_of(oid: int) -> Work[list[tuple[str, str]]]:

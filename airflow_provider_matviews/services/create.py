@@ -157,7 +157,7 @@ def _require_columns(view: ResolvedName, definition: MatViewDefinition, query: _
 
 
 def _leave_standing(view: ResolvedName, standing: ViewFacts, query: _Query, report: Report) -> Work[None]:
-    drifted = standing.query != query.text
+    drifted = (yield from catalog.query_of(view)) != query.text
     report.told(reason="it stands already", drift=drifted, row_count_before=standing.estimated_rows)
     if drifted:
         yield Note(
@@ -214,14 +214,14 @@ def _fill(
     yield from report.run("fill", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(target.identifier)))
     if counting is RowCountStrategy.NONE:
         return
-    facts = yield from catalog.require_view(target)
-    written = yield from row_counts.written(facts.oid, server)
-    if written is not None:
-        report.told(row_count_after=written.inserted)
+    filled = yield from catalog.require_view(target)
+    if server.track_counts:
+        # Made in this transaction: whatever it has inserted is what the view holds.
+        report.told(row_count_after=filled.inserted)
     elif counting is RowCountStrategy.EXACT:
         report.told(row_count_after=(yield from row_counts.counted(target)))
     else:
-        report.told(row_count_after=facts.estimated_rows)
+        report.told(row_count_after=filled.estimated_rows)
 
 
 def _require_replaceable(

@@ -22,6 +22,7 @@ from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrat
 from airflow_provider_matviews.exceptions import RunLost
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.migrations import LATEST, ensure_schema
 
 
 class RunStatus(IntEnum):
@@ -52,6 +53,15 @@ STRATEGY_CODES = {
     RefreshStrategy.CONCURRENT: 1,
     RefreshStrategy.SWAP: 2,
     RefreshStrategy.AUTO: 3,
+}
+#: What is known of a run that nobody ended.
+_LOST: dict[str, Any] = {
+    "class": RunLost.__name__,
+    "message": "The process that ran this ended without a word (killed, or its machine or its connection was lost). "
+    "The server undid what it had begun; the view serves as before. Found by the next operation on the view.",
+    "sqlstate": None,
+    "backtrace": [],
+    "hint": None,
 }
 _STRATEGIES = {code: strategy for strategy, code in STRATEGY_CODES.items()}
 
@@ -139,15 +149,34 @@ class Ledger:
         return value
 
     def definition(self, view: ResolvedName) -> Work[DefinitionRecord | None]:
-        """Return what is recorded of a view, or None."""
-        row = yield from fetch_one(
-            sql.SQL("SELECT * FROM {} WHERE schema_name = %s AND view_name = %s").format(
-                self._table("mat_view_definitions")
-            ),
-            (view.schema, view.name),
-            Session.RECORD,
-        )
-        return None if row is None else _definition(row)
+        """Return what is recorded of a view, or None; make or upgrade the tables first where that is needed.
+
+        :raises MissingPrivilege: when the role may not use or make the tables.
+        """
+        lookup = sql.SQL(
+            "SELECT d.*, m.version AS ledger_version FROM (SELECT max(version) AS version FROM {}) m "
+            "LEFT JOIN {} d ON d.schema_name = %s AND d.view_name = %s"
+        ).format(self._table("mat_view_migrations"), self._table("mat_view_definitions"))
+
+        def look() -> Work[dict[str, Any] | None]:
+            return (yield from fetch_one(lookup, (view.schema, view.name), Session.RECORD))
+
+        try:
+            row = yield from look()
+            if row is not None and (row["ledger_version"] or 0) < LATEST:
+                row = None
+        except (
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.InvalidSchemaName,
+            psycopg.errors.InsufficientPrivilege,
+        ):
+            row = None
+        if row is None:
+            yield from ensure_schema(self.tracking_schema)
+            row = yield from look()
+        assert row is not None
+        del row["ledger_version"]
+        return None if row["id"] is None else _definition(row)
 
     def definitions(self) -> Work[list[DefinitionRecord]]:
         """Return every definition, by name."""
@@ -157,9 +186,13 @@ class Ledger:
         )
         return [_definition(row) for row in rows]
 
-    def declare(self, view: ResolvedName, definition: MatViewDefinition) -> Work[DefinitionRecord]:
-        """Record what a view should be, and return the row. Writes nothing where nothing changed."""
-        known = yield from self.definition(view)
+    def declare(
+        self, view: ResolvedName, definition: MatViewDefinition, known: DefinitionRecord | None
+    ) -> Work[DefinitionRecord]:
+        """Record what a view should be, and return the row. Writes nothing where nothing changed.
+
+        :param known: the row that stands.
+        """
         declaration = definition.to_dict()
         if known is not None and known.declaration == declaration:
             return known
@@ -174,12 +207,12 @@ class Ledger:
             )
         )
 
-    def adopt(self, view: ResolvedName, query: str | None) -> Work[DefinitionRecord]:
+    def adopt(self, view: ResolvedName, known: DefinitionRecord | None, query: str | None) -> Work[DefinitionRecord]:
         """Return the row of a view; make one, ``managed=false``, for a view that was never declared.
 
+        :param known: the row that stands.
         :param query: the standing view's query; None where none stands.
         """
-        known = yield from self.definition(view)
         if known is not None and (known.declaration or known.sql == query or query is None):
             return known
         return (yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {}))
@@ -221,18 +254,41 @@ class Ledger:
         assert row is not None
         return _definition(row)
 
-    def start(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[int]:
-        """Insert a run as ``running`` and return its id. The caller holds the view's lock."""
+    def start(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[tuple[int, list[int]]]:
+        """Insert a run as ``running``, mark the view's orphans as failed (``RunLost``), and return their ids.
+
+        The caller holds the view's lock, so every run of it that still says ``running`` has ended.
+
+        :returns: the new run's id, and those of the orphans.
+        """
         row = yield from fetch_one(
             sql.SQL(
-                "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, meta) "
-                "VALUES (%s, %s, %s, clock_timestamp(), %s) RETURNING id"
-            ).format(self._table("mat_view_runs")),
-            (definition_id, RunStatus.RUNNING, operation, Jsonb(self.clean(meta))),
+                """
+                WITH lost AS (
+                    UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(),
+                           updated_at = clock_timestamp(), error = %(error)s
+                    WHERE mat_view_definition_id = %(definition)s AND status = %(running)s
+                    RETURNING id
+                ), started AS (
+                    INSERT INTO {runs} (mat_view_definition_id, status, operation, started_at, meta)
+                    VALUES (%(definition)s, %(running)s, %(operation)s, clock_timestamp(), %(meta)s)
+                    RETURNING id
+                )
+                SELECT started.id, ARRAY(SELECT lost.id FROM lost ORDER BY lost.id) AS orphans FROM started
+                """
+            ).format(runs=self._table("mat_view_runs")),
+            {
+                "definition": definition_id,
+                "operation": operation,
+                "running": RunStatus.RUNNING,
+                "failed": RunStatus.FAILED,
+                "meta": Jsonb(self.clean(meta)),
+                "error": Jsonb(_LOST),
+            },
             Session.RECORD,
         )
         assert row is not None
-        return int(row["id"])
+        return int(row["id"]), list(row["orphans"])
 
     def skip(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[int]:
         """Insert a run that never began, as ``skipped``, and return its id."""
@@ -296,40 +352,6 @@ class Ledger:
                 Session.RECORD,
             )
         return RunStatus.FAILED if row is None else RunStatus(row["status"])
-
-    def reap(self, definition_id: int) -> Work[list[int]]:
-        """Mark the orphans of a view as failed (``RunLost``) and return their ids.
-
-        The caller holds the view's lock, so every run of it that still says ``running`` has ended.
-        """
-        rows = yield from fetch_all(
-            sql.SQL(
-                """
-                UPDATE {} SET status = %s, finished_at = clock_timestamp(), updated_at = clock_timestamp(),
-                       error = %s
-                WHERE mat_view_definition_id = %s AND status = %s
-                RETURNING id
-                """
-            ).format(self._table("mat_view_runs")),
-            (
-                RunStatus.FAILED,
-                Jsonb(
-                    {
-                        "class": RunLost.__name__,
-                        "message": "The process that ran this ended without a word (killed, or its machine or "
-                        "its connection was lost). The server undid what it had begun; the view serves as "
-                        "before. Found by the next operation on the view.",
-                        "sqlstate": None,
-                        "backtrace": [],
-                        "hint": None,
-                    }
-                ),
-                definition_id,
-                RunStatus.RUNNING,
-            ),
-            Session.RECORD,
-        )
-        return [row["id"] for row in rows]
 
     def runs(self, view: ResolvedName | None, limit: int) -> Work[list[Run]]:
         """Return the latest runs, newest first: of one view, or of all."""

@@ -14,7 +14,7 @@ from psycopg import sql
 from airflow_provider_matviews.definition import IfLocked
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.services.catalog import ResolvedName, blockers_of
-from airflow_provider_matviews.services.instructions import Command, Note, Pause, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.instructions import Command, Note, Pause, Work, fetch_one
 
 _T = TypeVar("_T")
 
@@ -98,9 +98,9 @@ def lock_key(view: ResolvedName) -> sql.Composed:
 def politely(view: ResolvedName, patience: Patience, attempt: Callable[[], Work[_T]]) -> Work[_T]:
     """Do something that needs a lock readers could queue behind: try briefly, step back, try again.
 
-    The attempt runs inside a savepoint under ``lock_timeout``. When the lock is not had in that time
-    everything it did is undone, those in the way are named in the log, and after a pause, in which
-    whoever waited passes, it is made again, from its beginning.
+    The attempt runs inside a savepoint, under the ``lock_timeout`` that the transaction has set at its beginning.
+    When the lock is not had in that time everything the attempt did is undone, those in the way are named in the
+    log, and after a pause, in which whoever waited passes, it is made again, from its beginning.
 
     :raises psycopg.errors.LockNotAvailable: when ``max_wait`` is over.
     """
@@ -109,9 +109,6 @@ def politely(view: ResolvedName, patience: Patience, attempt: Callable[[], Work[
     told: float | None = None
     while True:
         yield Command(sql.SQL("SAVEPOINT attempt"))
-        yield from fetch_all(
-            sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(sql.Literal(patience.lock_timeout_setting))
-        )
         try:
             result = yield from attempt()
         except psycopg.errors.LockNotAvailable as error:

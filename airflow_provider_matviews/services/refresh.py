@@ -38,7 +38,9 @@ def refresh_view(
     """
     facts = yield from catalog.require_view(view)
     _require_right(view, facts, server)
-    indexes = yield from catalog.indexes_of(facts.oid)
+    indexes: list[catalog.IndexFacts] = []
+    if strategy is not RefreshStrategy.REGULAR:
+        indexes = yield from catalog.indexes_of(facts.oid)
     if strategy is RefreshStrategy.AUTO:
         strategy, reason = auto.choose(facts, indexes)
         yield Note(f"Strategy {strategy.value}, chosen because {reason}.")

@@ -13,14 +13,10 @@ from airflow_provider_matviews.services.instructions import Work, fetch_one
 
 @dataclass(frozen=True)
 class Written:
-    """Rows that this transaction has inserted into and deleted from a view, as the server counted them."""
+    """Rows that an operation has inserted into and deleted from a view, as the server counted them."""
 
     inserted: int
     deleted: int
-
-    def since(self, before: Written) -> Written:
-        """What was written after ``before``."""
-        return Written(self.inserted - before.inserted, self.deleted - before.deleted)
 
 
 def counted(view: ResolvedName) -> Work[int]:
@@ -40,11 +36,12 @@ def estimated(oid: int) -> Work[int | None]:
     return None if row is None or row["n"] < 0 else int(row["n"])
 
 
-def written(oid: int, server: ServerFacts) -> Work[Written | None]:
-    """Return what this transaction has written to a view so far; None where the server does not count.
+def written_since(facts: ViewFacts, server: ServerFacts) -> Work[Written | None]:
+    """Return what this transaction has written to a view since ``facts``; None where the server does not count.
 
     The counters of the transaction itself are exact: after REFRESH, ``inserted`` is every row; after
-    REFRESH ... CONCURRENTLY, both are the difference (measured on PostgreSQL 15 to 18).
+    REFRESH ... CONCURRENTLY, both are the difference (measured on PostgreSQL 15 to 18). They count what was
+    rolled back to a savepoint too, hence the difference to ``facts``.
     """
     if not server.track_counts:
         return None
@@ -52,10 +49,10 @@ def written(oid: int, server: ServerFacts) -> Work[Written | None]:
         sql.SQL(
             "SELECT pg_stat_get_xact_tuples_inserted({oid}) AS inserted, "
             "pg_stat_get_xact_tuples_deleted({oid}) AS deleted"
-        ).format(oid=sql.Literal(oid))
+        ).format(oid=sql.Literal(facts.oid))
     )
     assert row is not None
-    return Written(int(row["inserted"] or 0), int(row["deleted"] or 0))
+    return Written(row["inserted"] - facts.inserted, row["deleted"] - facts.deleted)
 
 
 def before_refresh(view: ResolvedName, facts: ViewFacts, strategy: RowCountStrategy) -> Work[int | None]:

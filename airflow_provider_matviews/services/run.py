@@ -23,7 +23,6 @@ from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
-from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 
 MINIMUM_VERSION = 140000
@@ -93,14 +92,13 @@ def record_run(
     try:
         view, server = yield from _prepare(operation, subject, terms)
         taken = yield from take_view_lock(view, terms.if_locked, terms.patience)
-        yield from ensure_schema(ledger.tracking_schema)
         report = Report.on(view.display, dict(terms.request))
         if not taken:
             return (yield from _stand_back(operation, view, ledger, terms, report))
         record = yield from _record_of(view, subject, ledger)
-        for lost in (yield from ledger.reap(record.id)):
+        run_id, orphans = yield from ledger.start(record.id, operation, _meta(report, terms))
+        for lost in orphans:
             yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
-        run_id = yield from ledger.start(record.id, operation, _meta(report, terms))
         prepared = Prepared(view, server, record, report, terms.patience)
         return (yield from _carry_out(service, prepared, run_id, ledger, terms, begun))
     except BaseException:
@@ -115,7 +113,7 @@ def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple
             "set_config('idle_in_transaction_session_timeout', '0', true), {}"
         ).format(sql.Literal(terms.patience.lock_timeout_setting), _CONNECTION_CHECK)
     )
-    server = yield from catalog.server_facts()
+    server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE)
     if server.in_recovery or server.read_only:
         what = "is a standby: it takes no writes" if server.in_recovery else "is set to read-only transactions"
         raise UnsupportedServer(
@@ -124,27 +122,22 @@ def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple
             if server.in_recovery
             else "unset default_transaction_read_only for this role, database or connection.",
         )
-    view = yield from catalog.resolve(subject.name, creating=operation is Operation.CREATE)
     return view, server
 
 
 def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger) -> Work[DefinitionRecord]:
+    known = yield from ledger.definition(view)
     if subject.definition is not None:
-        return (yield from ledger.declare(view, subject.definition))
-    rows = yield from fetch_all(
-        sql.SQL(
-            "SELECT pg_get_viewdef(c.oid) AS query FROM pg_catalog.pg_class c "
-            "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
-            "WHERE n.nspname = {} AND c.relname = {} AND c.relkind = 'm'"
-        ).format(sql.Literal(view.schema), sql.Literal(view.name))
-    )
-    return (yield from ledger.adopt(view, rows[0]["query"] if rows else None))
+        return (yield from ledger.declare(view, subject.definition, known))
+    if known is not None and known.declaration:
+        return known
+    return (yield from ledger.adopt(view, known, (yield from catalog.query_of(view))))
 
 
 def _stand_back(
     operation: Operation, view: ResolvedName, ledger: Ledger, terms: Terms, report: Report
 ) -> Work[ServiceResponse]:
-    record = yield from ledger.adopt(view, None)
+    record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
     reason = "another operation on the view is running"
     report.told(reason=reason, locked=True)
     run_id = yield from ledger.skip(record.id, operation, _meta(report, terms))

@@ -34,17 +34,14 @@ def refresh(job: Refreshing) -> Work[None]:
         yield from regular.refresh(job)
         return
     yield from _warn_of_nulls(job, usable)
-    # The counters before: a step back under lock_timeout must not count twice.
-    written_before = yield from row_counts.written(job.facts.oid, job.server)
     yield from job.report.run(
         "refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(job.view.identifier))
     )
     job.report.told(strategy="concurrent")
-    written_now = yield from row_counts.written(job.facts.oid, job.server)
-    if written_now is None or written_before is None:
+    written = yield from row_counts.written_since(job.facts, job.server)
+    if written is None:
         yield from _count_without_counters(job)
         return
-    written = written_now.since(written_before)
     job.report.told(rows_inserted=written.inserted, rows_deleted=written.deleted)
     if job.row_counts is RowCountStrategy.EXACT:
         # One scan gives both: REFRESH still holds its lock, so nobody else can have refreshed in between.

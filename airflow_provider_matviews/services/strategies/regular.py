@@ -17,14 +17,13 @@ from airflow_provider_matviews.services.strategies.base import Refreshing
 def refresh(job: Refreshing) -> Work[None]:
     """Rewrite the view; its new row count comes for free with it."""
     before = yield from row_counts.before_refresh(job.view, job.facts, job.row_counts)
-    written_before = yield from row_counts.written(job.facts.oid, job.server)
     yield from job.report.run("refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(job.view.identifier)))
     job.report.told(strategy="regular", row_count_before=before)
     if job.row_counts is RowCountStrategy.NONE:
         return
-    written = yield from row_counts.written(job.facts.oid, job.server)
-    if written is not None and written_before is not None:
-        after: int | None = written.since(written_before).inserted
+    written = yield from row_counts.written_since(job.facts, job.server)
+    if written is not None:
+        after: int | None = written.inserted
     elif job.row_counts is RowCountStrategy.EXACT:
         after = yield from row_counts.counted(job.view)
     else:
