@@ -51,6 +51,10 @@ class MissingPrivilege(MatViewError):
     """The role may not do this; the message says which right is missing, the hint how to grant it."""
 
 
+class StrategyRefused(MatViewError):
+    """A strategy could not carry over everything that the view has; the message names what, the hint what to do."""
+
+
 class ViewNotFound(MatViewError):
     """No materialized view of this name stands."""
 

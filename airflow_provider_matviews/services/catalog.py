@@ -49,11 +49,13 @@ class ResolvedName:
     """A view's name with its schema.
 
     :ivar display: as one would type it, without the schema where that is ``public``.
+    :ivar quoted: with its schema, quoted as the server quotes it in the definitions it gives.
     """
 
     schema: str
     name: str
     display: str
+    quoted: str = ""
 
     @property
     def identifier(self) -> sql.Identifier:
@@ -173,9 +175,8 @@ def arrive(
             f"{view} has no schema, and the search path ({server.search_path or 'empty'}) holds none that exists.",
             hint=f"name the schema: schema.{view}",
         )
-    if schema != "public":
-        display = f"{quoted_schema}.{display}"
-    return server, ResolvedName(schema, view.name, display)
+    quoted = f"{quoted_schema}.{display}"
+    return server, ResolvedName(schema, view.name, display if schema == "public" else quoted, quoted)
 
 
 def find_view(view: ResolvedName) -> Work[ViewFacts | None]:

@@ -1,0 +1,271 @@
+"""The whole picture of a view: everything PostgreSQL keeps about it that a rebuilt one must have too.
+
+One round trip, so that it can be taken while a lock is held. Names are resolved as text under
+``search_path = pg_catalog``, which makes the server qualify all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from psycopg import sql
+
+from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
+
+
+@dataclass(frozen=True)
+class Privilege:
+    """One entry of an access control list. ``grantee`` None is everybody."""
+
+    grantee: str | None
+    grantor: str
+    privilege: str
+    grantable: bool
+
+
+@dataclass(frozen=True)
+class Label:
+    """A security label."""
+
+    provider: str
+    label: str
+
+
+@dataclass(frozen=True)
+class ColumnPicture:
+    """A column with its settings; None for a setting left at its default."""
+
+    name: str
+    type: str
+    storage: str | None
+    compression: str | None
+    statistics: int | None
+    options: tuple[str, ...]
+    comment: str | None
+    privileges: tuple[Privilege, ...]
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True)
+class IndexPicture:
+    """An index. ``definition`` holds its name and the view's as they were."""
+
+    name: str
+    quoted: str
+    definition: str
+    unique: bool
+    valid: bool
+    tablespace: str | None
+    statistics: tuple[tuple[int, int], ...]
+    comment: str | None
+    clustered: bool
+    replica_identity: bool
+    extensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StatisticsPicture:
+    """An extended statistics object."""
+
+    schema: str
+    name: str
+    quoted: str
+    owner: str
+    definition: str
+    target: int | None
+    comment: str | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A materialized view with everything attached to it. Two are equal when nothing differs but OIDs."""
+
+    owner: str
+    access_method: str
+    tablespace: str | None
+    options: tuple[str, ...]
+    toast_options: tuple[str, ...]
+    comment: str | None
+    replica_identity: str
+    privileges: tuple[Privilege, ...]
+    labels: tuple[Label, ...]
+    columns: tuple[ColumnPicture, ...]
+    indexes: tuple[IndexPicture, ...]
+    statistics: tuple[StatisticsPicture, ...]
+    #: (extension, pg_depend.deptype): ``e`` belongs to it, ``x`` goes when it goes.
+    extensions: tuple[tuple[str, str], ...]
+
+    def differences(self, other: Picture) -> list[str]:
+        """Return the names of what differs, for a person."""
+        different: list[str] = []
+        for name in self.__dataclass_fields__:
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine == theirs:
+                continue
+            if isinstance(mine, tuple) and name in ("columns", "indexes", "statistics"):
+                changed = {each.name for each in set(mine) ^ set(theirs)}
+                different.append(f"{name} ({', '.join(sorted(changed))})")
+            else:
+                different.append(name.replace("_", " "))
+        return different
+
+
+def take_picture(oid: int, session: Session = Session.WORK) -> Work[Picture | None]:
+    """Return the picture of a view, or None where it is gone.
+
+    :param session: ``Session.RECORD`` sees the view from outside the operation's transaction: as others left it,
+        even after the operation has dropped it.
+    """
+    row = yield from fetch_one(_PICTURE, {"oid": oid}, session)
+    return None if row is None else _picture(row["picture"])
+
+
+def qualify_everything(session: Session = Session.WORK) -> Work[str]:
+    """Make the server qualify every name in the definitions it gives, for this transaction; return the path before."""
+    row = yield from fetch_one(sql.SQL("SELECT current_setting('search_path') AS path"), session=session)
+    assert row is not None
+    yield Command(sql.SQL("SET LOCAL search_path = pg_catalog"), session)
+    return str(row["path"])
+
+
+def restore_search_path(path: str, session: Session = Session.WORK) -> Work[None]:
+    """Undo :func:`qualify_everything`: before PostgreSQL 17 functions in a view's query look at it."""
+    yield from fetch_all(sql.SQL("SELECT set_config('search_path', {}, true)").format(sql.Literal(path)), session=session)
+
+
+def _privileges(rows: Iterable[Mapping[str, Any]]) -> tuple[Privilege, ...]:
+    return tuple(Privilege(**row) for row in rows)
+
+
+def _labels(rows: Iterable[Mapping[str, Any]]) -> tuple[Label, ...]:
+    return tuple(Label(**row) for row in rows)
+
+
+def _picture(data: dict[str, Any]) -> Picture:
+    columns = tuple(
+        ColumnPicture(
+            **{
+                **column,
+                "options": tuple(column["options"]),
+                "privileges": _privileges(column["privileges"]),
+                "labels": _labels(column["labels"]),
+            }
+        )
+        for column in data["columns"]
+    )
+    indexes = tuple(
+        IndexPicture(
+            **{
+                **index,
+                "statistics": tuple((number, target) for number, target in index["statistics"]),
+                "extensions": tuple(index["extensions"]),
+            }
+        )
+        for index in data["indexes"]
+    )
+    return Picture(
+        **{
+            **data,
+            "options": tuple(data["options"]),
+            "toast_options": tuple(data["toast_options"]),
+            "privileges": _privileges(data["privileges"]),
+            "labels": _labels(data["labels"]),
+            "columns": columns,
+            "indexes": indexes,
+            "statistics": tuple(StatisticsPicture(**each) for each in data["statistics"]),
+            "extensions": tuple((name, kind) for name, kind in data["extensions"]),
+        }
+    )
+
+
+def _list(expression: str) -> str:
+    return f"coalesce({expression}, '[]'::jsonb)"
+
+
+def _acl(acl: str) -> str:
+    # Each array sorted, so that two pictures can be compared.
+    return _list(
+        "(SELECT jsonb_agg(jsonb_build_object("
+        "'grantee', CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee) END, "
+        "'grantor', pg_get_userbyid(a.grantor), 'privilege', a.privilege_type, 'grantable', a.is_grantable) "
+        f"ORDER BY a.grantee, a.grantor, a.privilege_type) FROM aclexplode({acl}) a)"
+    )
+
+
+def _seclabels(subid: str) -> str:
+    return _list(
+        "(SELECT jsonb_agg(jsonb_build_object('provider', l.provider, 'label', l.label) ORDER BY l.provider) "
+        "FROM pg_seclabel l WHERE l.classoid = 'pg_class'::regclass AND l.objoid = c.oid "
+        f"AND l.objsubid = {subid})"
+    )
+
+
+_COLUMNS = _list(
+    f"""(
+    SELECT jsonb_agg(jsonb_build_object(
+        'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
+        'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage END,
+        'compression', nullif(a.attcompression, ''),
+        'statistics', CASE WHEN a.attstattarget >= 0 THEN a.attstattarget END,
+        'options', {_list("to_jsonb(a.attoptions)")}, 'comment', col_description(c.oid, a.attnum),
+        'privileges', {_acl("a.attacl")}, 'labels', {_seclabels("a.attnum")}) ORDER BY a.attnum)
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)"""
+)
+_INDEXES = _list(
+    f"""(
+    SELECT jsonb_agg(jsonb_build_object(
+        'name', i.relname, 'quoted', quote_ident(i.relname), 'definition', pg_get_indexdef(i.oid), 'unique', x.indisunique,
+        'valid', x.indisvalid, 'tablespace', s.spcname, 'comment', obj_description(i.oid, 'pg_class'),
+        'clustered', x.indisclustered, 'replica_identity', x.indisreplident,
+        'statistics', {
+        _list(
+            "(SELECT jsonb_agg(jsonb_build_array(a.attnum, a.attstattarget) ORDER BY a.attnum) FROM pg_attribute a "
+            "WHERE a.attrelid = i.oid AND a.attstattarget >= 0)"
+        )
+    },
+        'extensions', {
+        _list(
+            "(SELECT jsonb_agg(e.extname ORDER BY e.extname) FROM pg_depend d JOIN pg_extension e "
+            "ON e.oid = d.refobjid WHERE d.classid = 'pg_class'::regclass AND d.objid = i.oid "
+            "AND d.refclassid = 'pg_extension'::regclass AND d.deptype = 'x')"
+        )
+    }) ORDER BY i.relname)
+    FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
+    LEFT JOIN pg_tablespace s ON s.oid = i.reltablespace
+    WHERE x.indrelid = c.oid)"""
+)
+_STATISTICS = _list(
+    """(
+    SELECT jsonb_agg(jsonb_build_object(
+        'schema', n.nspname, 'name', s.stxname, 'quoted', quote_ident(n.nspname) || '.' || quote_ident(s.stxname),
+        'owner', pg_get_userbyid(s.stxowner),
+        'definition', pg_get_statisticsobjdef(s.oid),
+        'target', CASE WHEN s.stxstattarget >= 0 THEN s.stxstattarget END,
+        'comment', obj_description(s.oid, 'pg_statistic_ext')) ORDER BY n.nspname, s.stxname)
+    FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = s.stxnamespace
+    WHERE s.stxrelid = c.oid)"""
+)
+_EXTENSIONS = _list(
+    """(
+    SELECT jsonb_agg(jsonb_build_array(e.extname, d.deptype) ORDER BY e.extname, d.deptype)
+    FROM pg_depend d JOIN pg_extension e ON e.oid = d.refobjid
+    WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_extension'::regclass
+      AND d.deptype IN ('e', 'x'))"""
+)
+_PICTURE = sql.SQL(
+    f"""
+    SELECT jsonb_build_object(
+        'owner', pg_get_userbyid(c.relowner), 'access_method', m.amname, 'tablespace', s.spcname,
+        'options', {_list("to_jsonb(c.reloptions)")},
+        'toast_options', {_list("(SELECT to_jsonb(t.reloptions) FROM pg_class t WHERE t.oid = c.reltoastrelid)")},
+        'comment', obj_description(c.oid, 'pg_class'), 'replica_identity', c.relreplident,
+        'privileges', {_acl("coalesce(c.relacl, acldefault('r', c.relowner))")}, 'labels', {_seclabels("0")},
+        'columns', {_COLUMNS}, 'indexes', {_INDEXES}, 'statistics', {_STATISTICS}, 'extensions', {_EXTENSIONS}
+    ) AS picture
+    FROM pg_class c JOIN pg_am m ON m.oid = c.relam LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
+    WHERE c.oid = %(oid)s
+    """
+)
