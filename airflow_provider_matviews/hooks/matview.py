@@ -185,6 +185,7 @@ class MatViewHook(PostgresHook):
         *,
         refresh_strategy: RefreshStrategy | str | None = None,
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
+        max_bloat: float = 1.5,
         if_locked: IfLocked | str = IfLocked.WAIT,
         lock_timeout: float = 1.0,
         max_wait: float = 600.0,
@@ -212,6 +213,9 @@ class MatViewHook(PostgresHook):
                 strategy=asked or prepared.record.refresh_strategy,
                 row_counts=counting,
                 unique_index_columns=prepared.record.unique_index_columns,
+                patience=prepared.patience,
+                history=lambda: self._ledger().past_refreshes(prepared.record.id),
+                max_bloat=max_bloat,
             )
 
         request = {"refresh_strategy": asked and asked.value, "row_count_strategy": counting.value}

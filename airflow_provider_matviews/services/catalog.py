@@ -245,6 +245,13 @@ def query_of(view: ResolvedName) -> Work[str | None]:
     return None if row is None else str(row["query"])
 
 
+def size_of(oid: int) -> Work[int]:
+    """Return the bytes that a relation takes with its indexes and TOAST."""
+    row = yield from fetch_one(sql.SQL("SELECT pg_total_relation_size({}::oid) AS size").format(sql.Literal(oid)))
+    assert row is not None
+    return int(row["size"] or 0)
+
+
 def columns_of(oid: int) -> Work[list[tuple[str, str]]]:
     """Return the names and types of a relation's columns, in order."""
     rows = yield from fetch_all(

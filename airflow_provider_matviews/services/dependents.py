@@ -125,7 +125,8 @@ _DEPENDENTS = sql.SQL(
            CASE WHEN w.rulename = '_RETURN' THEN 'view ' || r.oid::regclass::text
                 ELSE pg_describe_object(d.classid, d.objid, 0) END AS description,
            coalesce(r.oid, t.oid)::bigint AS relation,
-           CASE WHEN r.relkind = 'v' THEN format('ALTER VIEW %%s OWNER TO %%I', r.oid::regclass, pg_get_userbyid(r.relowner))
+           CASE WHEN r.relkind = 'v'
+                THEN format('ALTER VIEW %%s OWNER TO %%I', r.oid::regclass, pg_get_userbyid(r.relowner))
                 WHEN r.oid IS NOT NULL OR t.oid IS NOT NULL
                 THEN format('ALTER TABLE %%s OWNER TO %%I', coalesce(r.oid, t.oid)::regclass,
                             pg_get_userbyid(coalesce(r.relowner, t.relowner))) END AS lock,
@@ -135,7 +136,8 @@ _DEPENDENTS = sql.SQL(
                                 format('%%I = %%L', split_part(o, '=', 1), substr(o, strpos(o, '=') + 1)), ', ') || ')'
                             FROM unnest(r.reloptions) o))
                     || pg_get_viewdef(r.oid)
-                WHEN w.oid IS NOT NULL THEN regexp_replace(pg_get_ruledef(w.oid), '^CREATE RULE', 'CREATE OR REPLACE RULE')
+                WHEN w.oid IS NOT NULL
+                THEN regexp_replace(pg_get_ruledef(w.oid), '^CREATE RULE', 'CREATE OR REPLACE RULE')
                 WHEN p.oid IS NOT NULL THEN
                     format('ALTER POLICY %%I ON %%s', p.polname, t.oid::regclass)
                     || coalesce(' USING (' || pg_get_expr(p.polqual, p.polrelid) || ')', '')

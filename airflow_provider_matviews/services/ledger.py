@@ -23,6 +23,7 @@ from airflow_provider_matviews.exceptions import RunLost
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.migrations import LATEST, ensure_schema
+from airflow_provider_matviews.services.strategies.auto import PastRefresh
 
 
 class RunStatus(IntEnum):
@@ -370,6 +371,25 @@ class Ledger:
             session=Session.RECORD,
         )
         return [Run(**row) for row in rows]
+
+    def past_refreshes(self, definition_id: int, limit: int = 20) -> Work[list[PastRefresh]]:
+        """Return a view's latest successful refreshes, newest first."""
+        rows = yield from fetch_all(
+            sql.SQL(
+                """
+                SELECT coalesce(meta->>'strategy', '') AS strategy, coalesce(duration_ms, 0) AS duration_ms,
+                       (meta->>'row_count_after')::bigint AS rows,
+                       (meta->'response'->>'rows_inserted')::bigint AS rows_inserted,
+                       (meta->'response'->>'rows_deleted')::bigint AS rows_deleted,
+                       (meta->'response'->>'size_bytes')::bigint AS size_bytes
+                FROM {} WHERE mat_view_definition_id = %s AND status = %s AND operation = %s
+                ORDER BY created_at DESC, id DESC LIMIT %s
+                """
+            ).format(self._table("mat_view_runs")),
+            (definition_id, RunStatus.SUCCESS, Operation.REFRESH, limit),
+            Session.RECORD,
+        )
+        return [PastRefresh(**row) for row in rows]
 
     def describe_error(self, error: BaseException) -> dict[str, Any]:
         """Return an error as the record keeps it."""

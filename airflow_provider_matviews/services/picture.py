@@ -7,7 +7,7 @@ One round trip, so that it can be taken while a lock is held. Names are resolved
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from psycopg import sql
@@ -50,11 +50,16 @@ class ColumnPicture:
 
 @dataclass(frozen=True)
 class IndexPicture:
-    """An index. ``definition`` holds its name and the view's as they were."""
+    """An index.
+
+    :ivar definition: what builds it, with its name and the view's as they were.
+    :ivar fingerprint: the same as the catalog holds it, which can be read without a lock.
+    """
 
     name: str
     quoted: str
     definition: str
+    fingerprint: str
     unique: bool
     valid: bool
     tablespace: str | None
@@ -67,13 +72,14 @@ class IndexPicture:
 
 @dataclass(frozen=True)
 class StatisticsPicture:
-    """An extended statistics object."""
+    """An extended statistics object; see :class:`IndexPicture`."""
 
     schema: str
     name: str
     quoted: str
     owner: str
     definition: str
+    fingerprint: str
     target: int | None
     comment: str | None
 
@@ -97,6 +103,14 @@ class Picture:
     #: (extension, pg_depend.deptype): ``e`` belongs to it, ``x`` goes when it goes.
     extensions: tuple[tuple[str, str], ...]
 
+    def without_definitions(self) -> Picture:
+        """Return the picture as it is taken without locks."""
+        return replace(
+            self,
+            indexes=tuple(replace(index, definition="") for index in self.indexes),
+            statistics=tuple(replace(each, definition="") for each in self.statistics),
+        )
+
     def differences(self, other: Picture) -> list[str]:
         """Return the names of what differs, for a person."""
         different: list[str] = []
@@ -112,27 +126,29 @@ class Picture:
         return different
 
 
-def take_picture(oid: int, session: Session = Session.WORK) -> Work[Picture | None]:
+def take_picture(oid: int, session: Session = Session.WORK, *, definitions: bool = True) -> Work[Picture | None]:
     """Return the picture of a view, or None where it is gone.
 
     :param session: ``Session.RECORD`` sees the view from outside the operation's transaction: as others left it,
         even after the operation has dropped it.
+    :param definitions: False leaves them empty. The functions that give them lock the view (ruleutils.c opens
+        it); from outside that would wait for the operation, which waits for the answer.
     """
-    row = yield from fetch_one(_PICTURE, {"oid": oid}, session)
+    row = yield from fetch_one(_PICTURE if definitions else _PICTURE_WITHOUT_DEFINITIONS, {"oid": oid}, session)
     return None if row is None else _picture(row["picture"])
 
 
-def qualify_everything(session: Session = Session.WORK) -> Work[str]:
+def qualify_everything() -> Work[str]:
     """Make the server qualify every name in the definitions it gives, for this transaction; return the path before."""
-    row = yield from fetch_one(sql.SQL("SELECT current_setting('search_path') AS path"), session=session)
+    row = yield from fetch_one(sql.SQL("SELECT current_setting('search_path') AS path"))
     assert row is not None
-    yield Command(sql.SQL("SET LOCAL search_path = pg_catalog"), session)
+    yield Command(sql.SQL("SET LOCAL search_path = pg_catalog"))
     return str(row["path"])
 
 
-def restore_search_path(path: str, session: Session = Session.WORK) -> Work[None]:
+def restore_search_path(path: str) -> Work[None]:
     """Undo :func:`qualify_everything`: before PostgreSQL 17 functions in a view's query look at it."""
-    yield from fetch_all(sql.SQL("SELECT set_config('search_path', {}, true)").format(sql.Literal(path)), session=session)
+    yield from fetch_all(sql.SQL("SELECT set_config('search_path', {}, true)").format(sql.Literal(path)))
 
 
 def _privileges(rows: Iterable[Mapping[str, Any]]) -> tuple[Privilege, ...]:
@@ -214,11 +230,15 @@ _COLUMNS = _list(
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)"""
 )
-_INDEXES = _list(
-    f"""(
+
+
+def _indexes(definition: str) -> str:
+    return _list(f"""(
     SELECT jsonb_agg(jsonb_build_object(
-        'name', i.relname, 'quoted', quote_ident(i.relname), 'definition', pg_get_indexdef(i.oid), 'unique', x.indisunique,
+        'name', i.relname, 'quoted', quote_ident(i.relname), 'definition', {definition}, 'unique', x.indisunique,
         'valid', x.indisvalid, 'tablespace', s.spcname, 'comment', obj_description(i.oid, 'pg_class'),
+        'fingerprint', (to_jsonb(x) - ARRAY['indexrelid', 'indrelid', 'indcheckxmin'])::text
+                       || i.relam || coalesce(i.reloptions::text, ''),
         'clustered', x.indisclustered, 'replica_identity', x.indisreplident,
         'statistics', {
         _list(
@@ -235,19 +255,22 @@ _INDEXES = _list(
     }) ORDER BY i.relname)
     FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
     LEFT JOIN pg_tablespace s ON s.oid = i.reltablespace
-    WHERE x.indrelid = c.oid)"""
-)
-_STATISTICS = _list(
-    """(
+    WHERE x.indrelid = c.oid)""")
+
+
+def _statistics(definition: str) -> str:
+    return _list(f"""(
     SELECT jsonb_agg(jsonb_build_object(
         'schema', n.nspname, 'name', s.stxname, 'quoted', quote_ident(n.nspname) || '.' || quote_ident(s.stxname),
         'owner', pg_get_userbyid(s.stxowner),
-        'definition', pg_get_statisticsobjdef(s.oid),
+        'definition', {definition},
+        'fingerprint', (to_jsonb(s) - ARRAY['oid', 'stxrelid', 'stxname', 'stxowner'])::text,
         'target', CASE WHEN s.stxstattarget >= 0 THEN s.stxstattarget END,
         'comment', obj_description(s.oid, 'pg_statistic_ext')) ORDER BY n.nspname, s.stxname)
     FROM pg_statistic_ext s JOIN pg_namespace n ON n.oid = s.stxnamespace
-    WHERE s.stxrelid = c.oid)"""
-)
+    WHERE s.stxrelid = c.oid)""")
+
+
 _EXTENSIONS = _list(
     """(
     SELECT jsonb_agg(jsonb_build_array(e.extname, d.deptype) ORDER BY e.extname, d.deptype)
@@ -255,17 +278,25 @@ _EXTENSIONS = _list(
     WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.refclassid = 'pg_extension'::regclass
       AND d.deptype IN ('e', 'x'))"""
 )
-_PICTURE = sql.SQL(
-    f"""
-    SELECT jsonb_build_object(
-        'owner', pg_get_userbyid(c.relowner), 'access_method', m.amname, 'tablespace', s.spcname,
-        'options', {_list("to_jsonb(c.reloptions)")},
-        'toast_options', {_list("(SELECT to_jsonb(t.reloptions) FROM pg_class t WHERE t.oid = c.reltoastrelid)")},
-        'comment', obj_description(c.oid, 'pg_class'), 'replica_identity', c.relreplident,
-        'privileges', {_acl("coalesce(c.relacl, acldefault('r', c.relowner))")}, 'labels', {_seclabels("0")},
-        'columns', {_COLUMNS}, 'indexes', {_INDEXES}, 'statistics', {_STATISTICS}, 'extensions', {_EXTENSIONS}
-    ) AS picture
-    FROM pg_class c JOIN pg_am m ON m.oid = c.relam LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
-    WHERE c.oid = %(oid)s
-    """
-)
+
+
+def _query(index_definition: str, statistics_definition: str) -> sql.SQL:
+    return sql.SQL(
+        f"""
+        SELECT jsonb_build_object(
+            'owner', pg_get_userbyid(c.relowner), 'access_method', m.amname, 'tablespace', s.spcname,
+            'options', {_list("to_jsonb(c.reloptions)")},
+            'toast_options', {_list("(SELECT to_jsonb(t.reloptions) FROM pg_class t WHERE t.oid = c.reltoastrelid)")},
+            'comment', obj_description(c.oid, 'pg_class'), 'replica_identity', c.relreplident,
+            'privileges', {_acl("coalesce(c.relacl, acldefault('r', c.relowner))")}, 'labels', {_seclabels("0")},
+            'columns', {_COLUMNS}, 'indexes', {_indexes(index_definition)},
+            'statistics', {_statistics(statistics_definition)}, 'extensions', {_EXTENSIONS}
+        ) AS picture
+        FROM pg_class c JOIN pg_am m ON m.oid = c.relam LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
+        WHERE c.oid = %(oid)s
+        """
+    )
+
+
+_PICTURE = _query("pg_get_indexdef(i.oid)", "pg_get_statisticsobjdef(s.oid)")
+_PICTURE_WITHOUT_DEFINITIONS = _query("''", "''")

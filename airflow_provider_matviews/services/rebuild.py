@@ -129,9 +129,7 @@ def _settings(new: ResolvedName, picture: Picture) -> Iterable[sql.Composable]:
         if column.storage:
             yield on_column + sql.SQL("SET STORAGE ") + raw(_STORAGE[column.storage])
         if column.compression:
-            yield on_column + sql.SQL("SET COMPRESSION {}").format(
-                sql.Identifier(_COMPRESSION[column.compression])
-            )
+            yield on_column + sql.SQL("SET COMPRESSION {}").format(sql.Identifier(_COMPRESSION[column.compression]))
         if column.statistics is not None:
             yield on_column + sql.SQL("SET STATISTICS {}").format(sql.Literal(column.statistics))
         if column.options:
@@ -217,9 +215,7 @@ def _own(new: ResolvedName, owner: str, server: ServerFacts, report: Report) -> 
     if owner != server.role:
         yield from report.run(
             "owner",
-            Command(
-                sql.SQL("ALTER MATERIALIZED VIEW {} OWNER TO {}").format(new.identifier, sql.Identifier(owner))
-            ),
+            Command(sql.SQL("ALTER MATERIALIZED VIEW {} OWNER TO {}").format(new.identifier, sql.Identifier(owner))),
         )
 
 
@@ -230,7 +226,7 @@ def _grant(new: ResolvedName, picture: Picture, report: Report) -> Work[None]:
         # What default privileges gave; the owner's own privileges are taken too, and come back below.
         yield Command(sql.SQL("REVOKE ALL ON {} FROM {}").format(new.identifier, _role(grantee)))
     for privilege, column in in_order_of_grantors(picture):
-        what = raw(privilege.privilege)
+        what: sql.Composable = raw(privilege.privilege)
         if column is not None:
             what = what + sql.SQL(" ({})").format(sql.Identifier(column))
         statement = sql.SQL("GRANT {} ON {} TO {}{}").format(
@@ -248,7 +244,7 @@ def in_order_of_grantors(picture: Picture) -> list[tuple[Privilege, str | None]]
     waiting: list[tuple[Privilege, str | None]] = [(each, None) for each in picture.privileges]
     waiting += [(each, column.name) for column in picture.columns for each in column.privileges]
     ordered: list[tuple[Privilege, str | None]] = []
-    able = {(picture.owner, None, None)}
+    able: set[tuple[str, str, str | None]] = set()
     while waiting:
         ready = [
             (each, column)

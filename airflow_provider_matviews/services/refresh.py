@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from psycopg import sql
 
 from airflow_provider_matviews.definition import RefreshStrategy, RowCountStrategy
@@ -9,8 +11,9 @@ from airflow_provider_matviews.exceptions import MissingPrivilege
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Note, Work
+from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.response import Report, ServiceResponse
-from airflow_provider_matviews.services.strategies import auto, strategy_named
+from airflow_provider_matviews.services.strategies import auto, strategy_named, swap
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 
@@ -22,34 +25,51 @@ def refresh_view(
     strategy: RefreshStrategy = RefreshStrategy.AUTO,
     row_counts: RowCountStrategy = RowCountStrategy.ESTIMATED,
     unique_index_columns: tuple[str, ...] = (),
+    patience: Patience,
+    history: Callable[[], Work[Sequence[auto.PastRefresh]]],
+    max_bloat: float = 1.5,
 ) -> Work[ServiceResponse]:
     """Refresh a view. Runs inside the caller's transaction.
 
     :param strategy: how; ``auto`` chooses from what stands.
     :param row_counts: how rows are counted before and after.
     :param unique_index_columns: what the definition declares, for the DDL in a refusal.
+    :param patience: how long the short cut of a swap waits for its locks.
+    :param history: returns its latest successful refreshes, newest first; asked by ``auto`` only.
+    :param max_bloat: ``auto`` rebuilds a view that has grown to so many times its size after the last rebuild.
     :returns: status ``updated``.
     :raises ViewNotFound: when it does not stand.
     :raises NotAMaterializedView: when something else stands under its name.
     :raises MissingPrivilege: when the role may not refresh it.
-    :raises StrategyNotAvailable: when this version does not have the strategy.
+    :raises StrategyRefused: when a swap could not carry over everything.
     :raises ConcurrentRefreshRefused: when no index allows a concurrent refresh.
     :raises psycopg.Error: what PostgreSQL says of the refresh itself.
     """
     facts = yield from catalog.require_view(view)
     _require_right(view, facts, server)
     indexes: list[catalog.IndexFacts] = []
-    if strategy is not RefreshStrategy.REGULAR:
+    if strategy in (RefreshStrategy.AUTO, RefreshStrategy.CONCURRENT):
         indexes = yield from catalog.indexes_of(facts.oid)
+    reason = "asked for"
     if strategy is RefreshStrategy.AUTO:
-        strategy, reason = auto.choose(facts, indexes)
+        situation = auto.Situation(
+            populated=facts.populated,
+            indexes=indexes,
+            swap_obstacles=(yield from swap.obstacles(facts, server)),
+            size_bytes=(yield from catalog.size_of(facts.oid)),
+            history=(yield from history()),
+            max_bloat=max_bloat,
+        )
+        strategy, reason = auto.choose(situation)
         yield Note(f"Strategy {strategy.value}, chosen because {reason}.")
+        report.told(bloat=situation.bloat and round(situation.bloat, 2))
     else:
-        reason = "asked for"
         yield Note(f"Strategy {strategy.value}, as asked for.")
+    job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report)
     report.told(strategy=strategy.value, reason=reason)
-    carry_out = strategy_named(strategy)
-    yield from carry_out(Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, report))
+    yield from strategy_named(strategy)(job)
+    refreshed = yield from catalog.require_view(view)
+    report.told(size_bytes=(yield from catalog.size_of(refreshed.oid)))
     return report.end("updated")
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from airflow_provider_matviews.definition import RefreshStrategy
 from airflow_provider_matviews.exceptions import StrategyNotAvailable
 from airflow_provider_matviews.services.instructions import Work
-from airflow_provider_matviews.services.strategies import concurrent, regular
+from airflow_provider_matviews.services.strategies import concurrent, regular, swap
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 _STRATEGIES: Mapping[RefreshStrategy, Callable[[Refreshing], Work[None]]] = {
     RefreshStrategy.REGULAR: regular.refresh,
     RefreshStrategy.CONCURRENT: concurrent.refresh,
+    RefreshStrategy.SWAP: swap.refresh,
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from airflow_provider_matviews.definition import RowCountStrategy
 from airflow_provider_matviews.services.catalog import IndexFacts, ResolvedName, ServerFacts, ViewFacts
+from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.response import Report
 
 
@@ -19,4 +20,5 @@ class Refreshing:
     unique_index_columns: tuple[str, ...]
     server: ServerFacts
     row_counts: RowCountStrategy
+    patience: Patience
     report: Report

@@ -13,7 +13,7 @@ and built again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from psycopg import sql
 
@@ -42,11 +42,12 @@ from airflow_provider_matviews.services.strategies.base import Refreshing
 _ATTEMPTS = 3
 
 
-@dataclass(frozen=True)
 class _Changed(Exception):
     """The live view is not what was built from; carries what differs."""
 
-    what: tuple[str, ...]
+    def __init__(self, what: Sequence[str]) -> None:
+        super().__init__(what)
+        self.what = what
 
 
 def refresh(job: Refreshing) -> Work[None]:
@@ -76,7 +77,7 @@ def refresh(job: Refreshing) -> Work[None]:
         return
 
 
-def obstacles(facts: ViewFacts, view: ResolvedName, server: ServerFacts) -> Work[list[str]]:
+def obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
     """Return why a view cannot be swapped, each a clause for a person; an empty list when it can."""
     found: list[str] = []
     if not facts.can_own:
@@ -117,7 +118,9 @@ def obstacles(facts: ViewFacts, view: ResolvedName, server: ServerFacts) -> Work
             f"its index {', '.join(rows['invalid'])} is INVALID, which cannot be built on purpose (REINDEX or drop it)"
         )
     if rows["grantors"]:
-        found.append(f"privileges on it were granted by {', '.join(rows['grantors'])}, whom {server.role} cannot act for")
+        found.append(
+            f"privileges on it were granted by {', '.join(rows['grantors'])}, whom {server.role} cannot act for"
+        )
     if rows["extensions"]:
         found.append(f"it belongs to the extension {', '.join(rows['extensions'])}, which {server.role} does not own")
     return found
@@ -125,7 +128,7 @@ def obstacles(facts: ViewFacts, view: ResolvedName, server: ServerFacts) -> Work
 
 def _swap(job: Refreshing) -> Work[int | None]:
     view, facts = job.view, job.facts
-    if reasons := (yield from obstacles(facts, view, job.server)):
+    if reasons := (yield from obstacles(facts, job.server)):
         raise StrategyRefused(
             f"{view.display} cannot be swapped: {'; '.join(reasons)}.",
             hint="use refresh_strategy='auto', which takes another one where swap is not possible, 'concurrent' "
@@ -136,7 +139,7 @@ def _swap(job: Refreshing) -> Work[int | None]:
     picture = yield from take_picture(facts.oid)
     query = yield from catalog.query_of(view)
     if picture is None or query is None:
-        raise _Changed(("it was dropped",))
+        raise _Changed(["it was dropped"])
     yield from build(beside, picture, query, job.server, job.report)
     yield from restore_search_path(path)
     built = yield from catalog.require_view(beside.new)
@@ -186,9 +189,7 @@ def _cut(job: Refreshing, beside: Beside, picture: Picture) -> Work[None]:
     )
     yield from repoint(dependents, report)
     # RESTRICT: what was not re-pointed is an error, never a loss.
-    yield from report.run(
-        "cut", Command(sql.SQL("DROP MATERIALIZED VIEW {} RESTRICT").format(beside.old.identifier))
-    )
+    yield from report.run("cut", Command(sql.SQL("DROP MATERIALIZED VIEW {} RESTRICT").format(beside.old.identifier)))
     yield from take_names(beside, picture, report)
     for extension, kind in picture.extensions:
         if kind == "e":
@@ -204,7 +205,7 @@ def _membership(extension: str, verb: str, view: ResolvedName) -> sql.Composable
 
 
 def _step_back_before_readers_do(job: Refreshing) -> Work[None]:
-    """Keep the lock timeout below the deadlock timeout: of two that wait for each other, it must be us who gives way."""
+    """Keep the lock timeout below the deadlock timeout: of two that wait for each other, we give way."""
     yield from fetch_one(
         sql.SQL(
             "SELECT set_config('lock_timeout', least({}, setting::integer / 2)::text || 'ms', true) "
@@ -214,11 +215,8 @@ def _step_back_before_readers_do(job: Refreshing) -> Work[None]:
 
 
 def _require_unchanged(oid: int, picture: Picture) -> Work[None]:
-    yield Command(sql.SQL("BEGIN"), Session.RECORD)
-    yield from qualify_everything(Session.RECORD)
-    now = yield from take_picture(oid, Session.RECORD)
-    yield Command(sql.SQL("COMMIT"), Session.RECORD)
+    now = yield from take_picture(oid, Session.RECORD, definitions=False)
     if now is None:
-        raise _Changed(("it was dropped",))
-    if changed := picture.differences(now):
-        raise _Changed(tuple(changed))
+        raise _Changed(["it was dropped"])
+    if changed := picture.without_definitions().differences(now):
+        raise _Changed(changed)
