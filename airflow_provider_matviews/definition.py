@@ -26,6 +26,17 @@ _HEADER = re.compile(r"\A\s*/\*[ \t]*matview\b(?P<toml>.*?)\*/", re.DOTALL)
 _PARAMETER = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?\Z")
 _METHOD = re.compile(r"[a-z_][a-z0-9_]*\Z")
 
+#: Settings that an operation sets itself, or that decide who it is: with what to use instead.
+_RESERVED_SETTINGS: dict[str, str | None] = {
+    "lock_timeout": "use the argument lock_timeout=... (seconds).",
+    "idle_in_transaction_session_timeout": None,
+    "client_connection_check_interval": None,
+    "role": "use another connection.",
+    "session_authorization": "use another connection.",
+    "client_encoding": None,
+    "standard_conforming_strings": None,
+}
+
 ParameterValue = str | int | float | bool
 _C = TypeVar("_C", bound=Enum)
 
@@ -202,6 +213,8 @@ class MatViewDefinition:
     :param description: for the people who read this definition; not sent to the server.
     :param managed: False for a view that somebody else owns: it may be refreshed and tracked, is never
         created or altered, and dropped only by force.
+    :param session_settings: PostgreSQL settings for every operation on it, such as ``{"work_mem": "256MB"}``;
+        set for its transaction only.
     :raises InvalidDefinition: when it can be seen, without a server, that this can never be a view.
     """
 
@@ -217,6 +230,7 @@ class MatViewDefinition:
     depends_on: Sequence[str] = ()
     description: str | None = None
     managed: bool = True
+    session_settings: Mapping[str, ParameterValue] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         view = ViewName.parse(self.name)
@@ -227,6 +241,7 @@ class MatViewDefinition:
         _set(self, "depends_on", _tuple(self.depends_on, "depends_on", (str,)))
         _set(self, "grants", _grants(self.grants))
         _set(self, "storage_parameters", _parameters(self.storage_parameters))
+        _set(self, "session_settings", check_session_settings(self.session_settings))
         for column in self.unique_index_columns:
             check_identifier(column, "column name in unique_index_columns")
         for other in self.depends_on:
@@ -358,6 +373,27 @@ def load_definitions(folder: str | Path) -> dict[str, MatViewDefinition]:
     except CycleError as error:
         circle = " -> ".join(reversed(error.args[1]))
         raise InvalidDefinition(f"Views depend on each other in a circle: {circle}.") from None
+
+
+def check_session_settings(settings: object) -> dict[str, ParameterValue]:
+    """Return settings as given.
+
+    :raises InvalidDefinition: when they are no mapping, hold what is no name of a setting, or one that the
+        operation itself relies on.
+    """
+    if not isinstance(settings, Mapping):
+        raise InvalidDefinition(f"session_settings maps names to values, not {settings!r}.")
+    for name, value in settings.items():
+        if not isinstance(name, str) or not _PARAMETER.match(name.lower()):
+            raise InvalidDefinition(f"{name!r} is not the name of a PostgreSQL setting.")
+        if name.lower() in _RESERVED_SETTINGS or name.lower().startswith("transaction_"):
+            raise InvalidDefinition(
+                f"session_settings cannot hold {name}: the operation itself relies on it.",
+                hint=_RESERVED_SETTINGS.get(name.lower()),
+            )
+        if not isinstance(value, (str, int, float)) or "\0" in str(value):
+            raise InvalidDefinition(f"The setting {name} is a number, text or true/false, not {value!r}.")
+    return dict(settings)
 
 
 def _set(instance: object, name: str, value: object) -> None:

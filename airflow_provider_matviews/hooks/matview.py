@@ -15,8 +15,10 @@ from airflow.providers.postgres.hooks.postgres import PostgresHook
 from airflow_provider_matviews.definition import (
     IfLocked,
     MatViewDefinition,
+    ParameterValue,
     RefreshStrategy,
     RowCountStrategy,
+    check_session_settings,
     choice,
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
@@ -139,6 +141,7 @@ class MatViewHook(PostgresHook):
         force: bool = False,
         with_data: bool = True,
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
+        session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
         lock_timeout: float = 1.0,
         max_wait: float = 600.0,
@@ -149,6 +152,7 @@ class MatViewHook(PostgresHook):
         :param force: replace a view that stands, by building the new one beside it.
         :param with_data: False makes it without rows.
         :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+        :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
         :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
         :param max_wait: seconds after which waiting for locks ends in failure.
@@ -175,9 +179,11 @@ class MatViewHook(PostgresHook):
                 row_counts=counting,
             )
 
-        request = {"force": force, "with_data": with_data, "row_count_strategy": counting.value}
+        settings = check_session_settings(session_settings or {})
+        request: dict[str, Any] = {"force": force, "with_data": with_data, "row_count_strategy": counting.value}
+        request["session_settings"] = settings
         patience = Patience(lock_timeout, max_wait)
-        return self._record(Operation.CREATE, definition, request, if_locked, patience, service)
+        return self._record(Operation.CREATE, definition, request, if_locked, patience, service, settings)
 
     def refresh(
         self,
@@ -186,6 +192,9 @@ class MatViewHook(PostgresHook):
         refresh_strategy: RefreshStrategy | str | None = None,
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
         max_bloat: float = 1.5,
+        analyze: bool | None = None,
+        vacuum: bool = False,
+        session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
         lock_timeout: float = 1.0,
         max_wait: float = 600.0,
@@ -195,6 +204,10 @@ class MatViewHook(PostgresHook):
         :param view_or_definition: the view's name or its definition.
         :param refresh_strategy: None for the one that was declared, which is ``auto`` where nothing was.
         :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+        :param max_bloat: ``auto`` rebuilds a view grown to so many times its size after the last rebuild.
+        :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
+        :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
+        :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
         :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
         :param max_wait: seconds after which waiting for locks ends in failure.
@@ -216,11 +229,23 @@ class MatViewHook(PostgresHook):
                 patience=prepared.patience,
                 history=lambda: self._ledger().past_refreshes(prepared.record.id),
                 max_bloat=max_bloat,
+                analyze=analyze,
+                vacuum=vacuum,
             )
 
-        request = {"refresh_strategy": asked and asked.value, "row_count_strategy": counting.value}
+        if isinstance(max_bloat, bool) or not isinstance(max_bloat, (int, float)) or not max_bloat > 1:
+            raise InvalidDefinition(f"max_bloat={max_bloat!r} is not a number above 1.")
+        settings = check_session_settings(session_settings or {})
+        request = {
+            "refresh_strategy": asked and asked.value,
+            "row_count_strategy": counting.value,
+            "analyze": analyze,
+            "vacuum": vacuum,
+            "max_bloat": max_bloat,
+            "session_settings": settings,
+        }
         patience = Patience(lock_timeout, max_wait)
-        return self._record(Operation.REFRESH, view_or_definition, request, if_locked, patience, service)
+        return self._record(Operation.REFRESH, view_or_definition, request, if_locked, patience, service, settings)
 
     def delete(
         self,
@@ -348,13 +373,14 @@ class MatViewHook(PostgresHook):
         if_locked: IfLocked | str,
         patience: Patience,
         service: Callable[[Prepared], Work[ServiceResponse]],
+        session_settings: Mapping[str, ParameterValue] | None = None,
     ) -> ServiceResponse:
         locked = choice(IfLocked, if_locked, "if_locked")
         if isinstance(view_or_definition, MatViewDefinition):
             subject = Subject(view_or_definition.view, view_or_definition)
         else:
             subject = Subject(ViewName.parse(view_or_definition))
-        terms = Terms(locked, patience, {**request, "if_locked": locked.value}, self.context)
+        terms = Terms(locked, patience, {**request, "if_locked": locked.value}, self.context, session_settings or {})
         with Driver(self._open, self.log) as driver:
             self._driver = driver
             try:

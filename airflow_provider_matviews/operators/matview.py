@@ -121,10 +121,11 @@ class CreateMatViewOperator(_MatViewOperator):
     :param view: the view's name, with ``sql`` instead of a definition. (templated)
     :param sql: the query, or the path of a ``.sql`` file, with a header or without. (templated)
     :param unique_index_columns: with ``sql``: columns that together are unique.
-    :param refresh_strategy: with ``sql``: ``auto``, ``regular`` or ``concurrent``.
+    :param refresh_strategy: with ``sql``: ``auto``, ``swap``, ``concurrent`` or ``regular``.
     :param force: replace a view that stands, by building the new one beside it.
     :param with_data: False makes it without rows.
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+    :param session_settings: PostgreSQL settings for this operation, before those of the definition.
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
     :param if_locked: while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
@@ -148,6 +149,7 @@ class CreateMatViewOperator(_MatViewOperator):
         force: bool = False,
         with_data: bool = True,
         row_count_strategy: str = "estimated",
+        session_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -157,6 +159,7 @@ class CreateMatViewOperator(_MatViewOperator):
         self.force = force
         self.with_data = with_data
         self.row_count_strategy = row_count_strategy
+        self.session_settings = session_settings
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
         return hook.create(
@@ -164,6 +167,7 @@ class CreateMatViewOperator(_MatViewOperator):
             force=self.force,
             with_data=self.with_data,
             row_count_strategy=self.row_count_strategy,
+            session_settings=self.session_settings,
             **self._terms(),
         )
 
@@ -188,8 +192,12 @@ class RefreshMatViewOperator(_MatViewOperator):
 
     :param view: the view's name. (templated)
     :param definition: its definition instead of its name.
-    :param refresh_strategy: ``auto``, ``regular`` or ``concurrent``; None for the one that was declared. (templated)
+    :param refresh_strategy: ``auto``, ``swap``, ``concurrent`` or ``regular``; None for what was declared. (templated)
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
+    :param max_bloat: ``auto`` rebuilds a view grown to so many times its size after the last rebuild.
+    :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
+    :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
+    :param session_settings: PostgreSQL settings for this operation, before those of the definition.
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
     :param if_locked: while another operation on the view runs: ``wait``, ``skip`` (the task is skipped) or ``fail``.
@@ -200,17 +208,33 @@ class RefreshMatViewOperator(_MatViewOperator):
     template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "refresh_strategy")
 
     def __init__(
-        self, *, refresh_strategy: str | None = None, row_count_strategy: str = "estimated", **kwargs: Any
+        self,
+        *,
+        refresh_strategy: str | None = None,
+        row_count_strategy: str = "estimated",
+        max_bloat: float = 1.5,
+        analyze: bool | None = None,
+        vacuum: bool = False,
+        session_settings: Mapping[str, Any] | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.refresh_strategy = refresh_strategy
         self.row_count_strategy = row_count_strategy
+        self.max_bloat = max_bloat
+        self.analyze = analyze
+        self.vacuum = vacuum
+        self.session_settings = session_settings
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
         return hook.refresh(
             self._subject(),
             refresh_strategy=self.refresh_strategy,
             row_count_strategy=self.row_count_strategy,
+            max_bloat=self.max_bloat,
+            analyze=self.analyze,
+            vacuum=self.vacuum,
+            session_settings=self.session_settings,
             **self._terms(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,10 @@ class ViewFacts:
     #: Rows that this transaction has already written to it, as the server counts them.
     inserted: int
     deleted: int
+    #: Rows that are dead and still take room, as far as the server has counted.
+    dead_rows: int
+    #: How far the server has written WAL, in bytes.
+    wal_position: int
 
     @property
     def estimated_rows(self) -> int | None:
@@ -191,6 +196,8 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
                    c.relispopulated AS populated, c.reltuples::double precision AS reltuples,
                    pg_stat_get_xact_tuples_inserted(c.oid) AS inserted,
                    pg_stat_get_xact_tuples_deleted(c.oid) AS deleted,
+                   pg_stat_get_dead_tuples(c.oid) AS dead_rows,
+                   (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_position,
                    pg_has_role(c.relowner, 'USAGE') AS can_own,
                    CASE WHEN current_setting('server_version_num')::integer >= 170000
                         THEN has_table_privilege(c.oid, {maintain})
@@ -427,8 +434,10 @@ _ATTACHMENTS = sql.SQL(
 )
 
 
-def blockers_of(view: ResolvedName) -> Work[list[dict[str, Any]]]:
-    """Return who holds a lock on a view or one of its indexes: pid, user, application, age in seconds, query head.
+def blockers_of(view: ResolvedName, others: Sequence[int] = ()) -> Work[list[dict[str, Any]]]:
+    """Return who holds a lock on a view: pid, user, application, age in seconds, query head.
+
+    :param others: OIDs of further relations.
 
     Asked on the record's connection: pg_stat_activity stands still inside a transaction (measured).
     """
@@ -444,14 +453,14 @@ def blockers_of(view: ResolvedName) -> Work[list[dict[str, Any]]]:
                     SELECT l.pid FROM pg_catalog.pg_locks l
                     WHERE l.granted AND l.database = (SELECT oid FROM pg_catalog.pg_database
                                                       WHERE datname = current_database())
-                      AND l.relation IN (
+                      AND (l.relation = ANY(%(others)s::bigint[]::oid[]) OR l.relation IN (
                         SELECT c.oid FROM pg_catalog.pg_class c
                         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                        WHERE n.nspname = %(schema)s AND c.relname = %(name)s))
+                        WHERE n.nspname = %(schema)s AND c.relname = %(name)s)))
                 ORDER BY a.xact_start
                 """
             ),
-            {"schema": view.schema, "name": view.name},
+            {"schema": view.schema, "name": view.name, "others": list(others)},
             Session.RECORD,
         )
     )

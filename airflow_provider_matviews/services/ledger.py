@@ -89,6 +89,11 @@ class DefinitionRecord:
     created_at: datetime
     updated_at: datetime
 
+    @property
+    def session_settings(self) -> dict[str, Any]:
+        """The settings that the definition declares."""
+        return dict(self.declaration.get("session_settings", {}))
+
 
 @dataclass(frozen=True)
 class Run:

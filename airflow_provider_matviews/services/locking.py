@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -95,13 +95,16 @@ def lock_key(view: ResolvedName) -> sql.Composed:
     return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} {view.schema}.{view.name}"))
 
 
-def politely(view: ResolvedName, patience: Patience, attempt: Callable[[], Work[_T]]) -> Work[_T]:
+def politely(
+    view: ResolvedName, patience: Patience, attempt: Callable[[], Work[_T]], others: Sequence[int] = ()
+) -> Work[_T]:
     """Do something that needs a lock readers could queue behind: try briefly, step back, try again.
 
     The attempt runs inside a savepoint, under the ``lock_timeout`` that the transaction has set at its beginning.
     When the lock is not had in that time everything the attempt did is undone, those in the way are named in the
     log, and after a pause, in which whoever waited passes, it is made again, from its beginning.
 
+    :param others: OIDs of what else it locks, to name who holds those.
     :raises psycopg.errors.LockNotAvailable: when ``max_wait`` is over.
     """
     begun = time.monotonic()
@@ -122,17 +125,17 @@ def politely(view: ResolvedName, patience: Patience, attempt: Callable[[], Work[
             yield Command(sql.SQL("ROLLBACK TO SAVEPOINT attempt"))
             if told is None or waited - told >= _NEWS_EVERY:
                 told = waited
-                yield from _tell_blockers(view, waited)
+                yield from _tell_blockers(view, others, waited)
             yield Pause(max(0.0, min(pause(), patience.max_wait - waited)))
         else:
             yield Command(sql.SQL("RELEASE SAVEPOINT attempt"))
             return result
 
 
-def _tell_blockers(view: ResolvedName, waited: float) -> Work[None]:
+def _tell_blockers(view: ResolvedName, others: Sequence[int], waited: float) -> Work[None]:
     mine = yield from fetch_one(sql.SQL("SELECT pg_backend_pid() AS pid"))
     assert mine is not None
-    rows = yield from blockers_of(view)
+    rows = yield from blockers_of(view, others)
     blockers = [row for row in rows if row["pid"] != mine["pid"]]
     yield Note(
         f"The lock on {view.display} is not to be had yet ({waited:.0f} s so far); trying again without making "

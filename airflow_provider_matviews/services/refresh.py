@@ -12,6 +12,7 @@ from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Note, Work
 from airflow_provider_matviews.services.locking import Patience
+from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 from airflow_provider_matviews.services.strategies import auto, strategy_named, swap
 from airflow_provider_matviews.services.strategies.base import Refreshing
@@ -28,6 +29,8 @@ def refresh_view(
     patience: Patience,
     history: Callable[[], Work[Sequence[auto.PastRefresh]]],
     max_bloat: float = 1.5,
+    analyze: bool | None = None,
+    vacuum: bool = False,
 ) -> Work[ServiceResponse]:
     """Refresh a view. Runs inside the caller's transaction.
 
@@ -37,6 +40,9 @@ def refresh_view(
     :param patience: how long the short cut of a swap waits for its locks.
     :param history: returns its latest successful refreshes, newest first; asked by ``auto`` only.
     :param max_bloat: ``auto`` rebuilds a view that has grown to so many times its size after the last rebuild.
+    :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy: ``swap`` does
+        it before the cut, ``regular`` after COMMIT, ``concurrent`` leaves it to autovacuum.
+    :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
     :returns: status ``updated``.
     :raises ViewNotFound: when it does not stand.
     :raises NotAMaterializedView: when something else stands under its name.
@@ -65,12 +71,24 @@ def refresh_view(
         report.told(bloat=situation.bloat and round(situation.bloat, 2))
     else:
         yield Note(f"Strategy {strategy.value}, as asked for.")
-    job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report)
+    job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     report.told(strategy=strategy.value, reason=reason)
     yield from strategy_named(strategy)(job)
-    refreshed = yield from catalog.require_view(view)
-    report.told(size_bytes=(yield from catalog.size_of(refreshed.oid)))
+    yield from _measure(view, facts, report)
+    if vacuum:
+        report.later("vacuum", maintenance("VACUUM", view))
     return report.end("updated")
+
+
+def _measure(view: ResolvedName, before: ViewFacts, report: Report) -> Work[None]:
+    """Tell what the refresh left: size, dead rows, and the WAL that the whole server wrote meanwhile."""
+    after = yield from catalog.require_view(view)
+    rebuilt = report.response["strategy"] != RefreshStrategy.CONCURRENT.value
+    report.told(
+        size_bytes=(yield from catalog.size_of(after.oid)),
+        dead_rows=0 if rebuilt else before.dead_rows + report.response.get("rows_deleted", 0),
+        server_wal_bytes=after.wal_position - before.wal_position,
+    )
 
 
 def _require_right(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:

@@ -55,6 +55,7 @@ class Report:
     request: dict[str, Any]
     response: dict[str, Any]
     clock: Callable[[], float] = time.monotonic
+    follow_up: list[tuple[str, Command]] = field(default_factory=list)
 
     @classmethod
     def on(cls, view: str, request: dict[str, Any]) -> Report:
@@ -66,6 +67,7 @@ class Report:
     def restart(self) -> None:
         """Forget what was undone, before it is tried again."""
         self.response.clear()
+        self.follow_up.clear()
         self.told(
             view=self.request["view"],
             sql=[],
@@ -75,6 +77,15 @@ class Report:
             steps=[],
         )
 
+    def so_far(self) -> int:
+        """Return a mark for :meth:`forget_since`."""
+        return len(self.response["sql"])
+
+    def forget_since(self, mark: int) -> None:
+        """Forget the statements after a mark, which were undone."""
+        del self.response["sql"][mark:]
+        del self.response["steps"][mark:]
+
     def run(self, step: str, command: Command) -> Work[None]:
         """Run a command and note its text and how long it took."""
         self.response["sql"].append(command.text)
@@ -83,6 +94,10 @@ class Report:
             yield command
         finally:
             self.response["steps"].append({"step": step, "ms": round((self.clock() - begun) * 1000, 3)})
+
+    def later(self, step: str, command: Command) -> None:
+        """Ask for a command after the operation has committed; its failure is not the operation's."""
+        self.follow_up.append((step, command))
 
     def told(self, **facts: Any) -> None:
         """Add to the response."""

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from airflow_provider_matviews.definition import IfLocked, MatViewDefinition
+from airflow_provider_matviews.definition import IfLocked, MatViewDefinition, ParameterValue
 from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer, ViewLocked
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
@@ -24,6 +24,7 @@ from airflow_provider_matviews.services.instructions import Command, Note, Sessi
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
 from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.session_settings import apply_settings
 
 MINIMUM_VERSION = 140000
 
@@ -63,12 +64,14 @@ class Terms:
 
     :ivar request: what was asked, for the record.
     :ivar context: whose task it is (dag_id, task_id, ...), for the record.
+    :ivar session_settings: go before those of the definition.
     """
 
     if_locked: IfLocked = IfLocked.WAIT
     patience: Patience = field(default_factory=Patience)
     request: Mapping[str, Any] = field(default_factory=dict)
     context: Mapping[str, Any] = field(default_factory=dict)
+    session_settings: Mapping[str, ParameterValue] = field(default_factory=dict)
 
 
 def record_run(
@@ -166,6 +169,8 @@ def _carry_out(
 
     def attempt() -> Work[ServiceResponse]:
         prepared.report.restart()
+        # Inside the savepoint: what is undone for another attempt is set again.
+        yield from apply_settings({**prepared.record.session_settings, **terms.session_settings})
         return (yield from service(prepared))
 
     try:
@@ -189,7 +194,19 @@ def _carry_out(
         if not isinstance(error, psycopg.Error):
             raise
     yield Note(_story(response, time.monotonic() - begun))
+    yield from _follow_up(prepared)
     return replace(response, run_id=run_id, duration_ms=duration)
+
+
+def _follow_up(prepared: Prepared) -> Work[None]:
+    for step, command in prepared.report.follow_up:
+        begun = time.monotonic()
+        try:
+            yield command
+        except psycopg.Error as error:
+            yield Note(f"The run is a success; {step} after it was not: {str(error).splitlines()[0]}", True)
+        else:
+            yield Note(f"Then {step}: {time.monotonic() - begun:.2f} s.")
 
 
 _DONE = {"created": "Created", "updated": "Updated", "deleted": "Dropped", "skipped": "Left as it is:"}

@@ -22,3 +22,5 @@ class Refreshing:
     row_counts: RowCountStrategy
     patience: Patience
     report: Report
+    #: None leaves it to the strategy.
+    analyze: bool | None = None

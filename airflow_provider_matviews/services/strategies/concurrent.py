@@ -14,6 +14,7 @@ from airflow_provider_matviews.exceptions import ConcurrentRefreshRefused
 from airflow_provider_matviews.services import row_counts
 from airflow_provider_matviews.services.catalog import IndexFacts, ResolvedName
 from airflow_provider_matviews.services.instructions import Command, Note, Work, fetch_all
+from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.strategies import regular
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
@@ -38,6 +39,8 @@ def refresh(job: Refreshing) -> Work[None]:
         "refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(job.view.identifier))
     )
     job.report.told(strategy="concurrent")
+    if job.analyze:
+        job.report.later("analyze", maintenance("ANALYZE", job.view))
     written = yield from row_counts.written_since(job.facts, job.server)
     if written is None:
         yield from _count_without_counters(job)

@@ -11,6 +11,7 @@ from psycopg import sql
 from airflow_provider_matviews.definition import RowCountStrategy
 from airflow_provider_matviews.services import row_counts
 from airflow_provider_matviews.services.instructions import Command, Work
+from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 
@@ -19,6 +20,9 @@ def refresh(job: Refreshing) -> Work[None]:
     before = yield from row_counts.before_refresh(job.view, job.facts, job.row_counts)
     yield from job.report.run("refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(job.view.identifier)))
     job.report.told(strategy="regular", row_count_before=before)
+    if job.analyze is not False:
+        # After COMMIT: it would hold up the readers who are waiting already.
+        job.report.later("analyze", maintenance("ANALYZE", job.view))
     if job.row_counts is RowCountStrategy.NONE:
         return
     written = yield from row_counts.written_since(job.facts, job.server)

@@ -57,6 +57,7 @@ def refresh(job: Refreshing) -> Work[None]:
     :raises psycopg.errors.LockNotAvailable: when the cut's locks are not had within ``max_wait``.
     """
     before = yield from row_counts.before_refresh(job.view, job.facts, job.row_counts)
+    mark = job.report.so_far()
     for attempt in range(1, _ATTEMPTS + 1):
         yield Command(sql.SQL("SAVEPOINT swap"))
         try:
@@ -70,7 +71,7 @@ def refresh(job: Refreshing) -> Work[None]:
                     hint="refresh it when nobody alters it, or use refresh_strategy='concurrent' or 'regular'.",
                 ) from None
             yield Note(f"{job.view.display} was changed meanwhile ({what}): building it again, with that.", True)
-            job.report.restart()
+            job.report.forget_since(mark)
             continue
         yield Command(sql.SQL("RELEASE SAVEPOINT swap"))
         job.report.told(strategy="swap", row_count_before=before, row_count_after=after, rebuilds=attempt)
@@ -144,9 +145,14 @@ def _swap(job: Refreshing) -> Work[int | None]:
     yield from restore_search_path(path)
     built = yield from catalog.require_view(beside.new)
     yield from job.report.run("fill", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(beside.new.identifier)))
-    yield from job.report.run("analyze", Command(sql.SQL("ANALYZE {}").format(beside.new.identifier)))
+    if job.analyze is not False:
+        # Before the cut, so that no reader ever meets it without statistics.
+        yield from job.report.run("analyze", Command(sql.SQL("ANALYZE {}").format(beside.new.identifier)))
     after = yield from _count(job, built)
-    yield from politely(view, job.patience, lambda: _cut(job, beside, picture))
+    dependents = yield from read_dependents(facts.oid)
+    relations = [each.relation for each in dependents if each.relation is not None]
+    mark = job.report.so_far()
+    yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations)
     return after
 
 
@@ -161,8 +167,9 @@ def _count(job: Refreshing, built: ViewFacts) -> Work[int | None]:
     return (yield from row_counts.estimated(built.oid))
 
 
-def _cut(job: Refreshing, beside: Beside, picture: Picture) -> Work[None]:
+def _cut(job: Refreshing, beside: Beside, picture: Picture, mark: int) -> Work[None]:
     view, facts, report = job.view, job.facts, job.report
+    report.forget_since(mark)
     path = yield from qualify_everything()
     yield from _step_back_before_readers_do(job)
     yield from lock_dependents((yield from read_dependents(facts.oid)))
