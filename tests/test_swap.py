@@ -341,7 +341,10 @@ def test_a_view_that_is_changed_all_the_time_is_left_alone(db: Database) -> None
 def test_a_materialized_view_made_on_top_meanwhile_stops_the_swap(db: Database) -> None:
     db.execute(SOURCE, "CREATE MATERIALIZED VIEW mv AS SELECT * FROM source")
     before = during(db, "REFRESH", "CREATE MATERIALIZED VIEW top AS SELECT * FROM mv")
-    with InterruptedDriver(connecting(db), before=before) as driver, pytest.raises(StrategyRefused, match="public.top"):
+    with (
+        InterruptedDriver(connecting(db), before=before) as driver,
+        pytest.raises(StrategyRefused, match=r"public\.top"),
+    ):
         driver.run(refreshing("mv", RefreshStrategy.SWAP))
     assert db.value("SELECT count(*) FROM top") == 500
 
