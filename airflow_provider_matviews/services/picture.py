@@ -138,6 +138,16 @@ def take_picture(oid: int, session: Session = Session.WORK, *, definitions: bool
     return None if row is None else _picture(row["picture"])
 
 
+def privileges_of(relation: str) -> Work[tuple[Privilege, ...]]:
+    """Return the privileges on a relation, those of its owner too.
+
+    :param relation: its name, quoted.
+    """
+    row = yield from fetch_one(_PRIVILEGES, (relation,))
+    assert row is not None
+    return _privileges(row["privileges"])
+
+
 def qualify_everything() -> Work[str]:
     """Make the server qualify every name in the definitions it gives, for this transaction; return the path before."""
     row = yield from fetch_one(sql.SQL("SELECT current_setting('search_path') AS path"))
@@ -218,6 +228,8 @@ def _seclabels(subid: str) -> str:
     )
 
 
+_RELATION_ACL = _acl("coalesce(c.relacl, acldefault('r', c.relowner))")
+_PRIVILEGES = sql.SQL(f"SELECT {_RELATION_ACL} AS privileges FROM pg_class c WHERE c.oid = %s::regclass")
 _COLUMNS = _list(
     f"""(
     SELECT jsonb_agg(jsonb_build_object(
@@ -288,7 +300,7 @@ def _query(index_definition: str, statistics_definition: str) -> sql.SQL:
             'options', {_list("to_jsonb(c.reloptions)")},
             'toast_options', {_list("(SELECT to_jsonb(t.reloptions) FROM pg_class t WHERE t.oid = c.reltoastrelid)")},
             'comment', obj_description(c.oid, 'pg_class'), 'replica_identity', c.relreplident,
-            'privileges', {_acl("coalesce(c.relacl, acldefault('r', c.relowner))")}, 'labels', {_seclabels("0")},
+            'privileges', {_RELATION_ACL}, 'labels', {_seclabels("0")},
             'columns', {_COLUMNS}, 'indexes', {_indexes(index_definition)},
             'statistics', {_statistics(statistics_definition)}, 'extensions', {_EXTENSIONS}
         ) AS picture

@@ -16,7 +16,7 @@ from airflow_provider_matviews.exceptions import StrategyRefused
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, shorten
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_all, fetch_one, raw
-from airflow_provider_matviews.services.picture import IndexPicture, Picture, Privilege
+from airflow_provider_matviews.services.picture import IndexPicture, Picture, Privilege, privileges_of
 from airflow_provider_matviews.services.response import Report
 
 _STORAGE = {"p": "PLAIN", "e": "EXTERNAL", "m": "MAIN", "x": "EXTENDED"}
@@ -221,8 +221,10 @@ def _own(new: ResolvedName, owner: str, server: ServerFacts, report: Report) -> 
 
 def _grant(new: ResolvedName, picture: Picture, report: Report) -> Work[None]:
     """Give the view exactly the privileges of the picture, each by its own grantor."""
-    present = yield from _grantees(new)
-    for grantee in present:
+    present = yield from privileges_of(new.ddl)
+    if set(present) == set(picture.privileges) and not any(column.privileges for column in picture.columns):
+        return
+    for grantee in dict.fromkeys(each.grantee for each in present):
         # What default privileges gave; the owner's own privileges are taken too, and come back below.
         yield Command(sql.SQL("REVOKE ALL ON {} FROM {}").format(new.identifier, _role(grantee)))
     for privilege, column in in_order_of_grantors(picture):
@@ -270,17 +272,6 @@ def as_role(role: str, work: Work[None]) -> Work[None]:
     yield Command(sql.SQL("SET LOCAL ROLE {}").format(sql.Identifier(role)))
     yield from work
     yield from fetch_all(sql.SQL("SELECT set_config('role', {}, true)").format(sql.Literal(row["role"])))
-
-
-def _grantees(new: ResolvedName) -> Work[list[str | None]]:
-    rows = yield from fetch_all(
-        sql.SQL(
-            "SELECT DISTINCT CASE WHEN a.grantee <> 0 THEN pg_get_userbyid(a.grantee)::text END AS grantee "
-            "FROM pg_catalog.pg_class c, aclexplode(coalesce(c.relacl, acldefault('r', c.relowner))) a "
-            "WHERE c.oid = {}::regclass"
-        ).format(sql.Literal(new.ddl))
-    )
-    return [row["grantee"] for row in rows]
 
 
 def _role(name: str | None) -> sql.Composable:

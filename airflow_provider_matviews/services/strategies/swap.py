@@ -151,6 +151,9 @@ def _swap(job: Refreshing) -> Work[int | None]:
     after = yield from _count(job, built)
     dependents = yield from read_dependents(facts.oid)
     relations = [each.relation for each in dependents if each.relation is not None]
+    yield from _flush_wal()
+    # Most changes show here already, without a lock; and it warms that connection's caches for the time under it.
+    yield from _require_unchanged(facts.oid, picture)
     mark = job.report.so_far()
     yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations)
     return after
@@ -203,6 +206,18 @@ def _cut(job: Refreshing, beside: Beside, picture: Picture, mark: int) -> Work[N
             yield from report.run("cut", Command(_membership(extension, "ADD", view)))
     yield from _require_unchanged(facts.oid, picture)
     yield from restore_search_path(path)
+
+
+def _flush_wal() -> Work[None]:
+    """Have the WAL of the build written out now, by another transaction's commit.
+
+    Else the COMMIT of the cut would write it, while readers wait (measured: 90 ms instead of 10 after a build of
+    60 MB of WAL).
+    """
+    yield from fetch_one(
+        sql.SQL("SELECT pg_logical_emit_message(true, 'airflow_provider_matviews', '')::text AS position"),
+        session=Session.RECORD,
+    )
 
 
 def _membership(extension: str, verb: str, view: ResolvedName) -> sql.Composable:
