@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import threading
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.picture import Picture, qualify_everything, take_picture
 from tests.conftest import INSTALLATIONS, Database, hook_on
 from tests.driving import InterruptedDriver, connecting, refreshing
+from tests.racing import until
 
 SOURCE = "CREATE TABLE source AS SELECT g AS id, g % 10 AS a, 'x' || g AS b FROM generate_series(1, 500) g"
 LONG = "ü" * 31 + "v"  # 63 bytes
@@ -438,3 +441,54 @@ def test_newcomers_read_on_while_a_swap_cannot_have_its_lock(db: Database) -> No
     assert response.response["rebuilds"] == 1
     assert passed == [500, 500, 500]
     assert any("dashboard" in note and pid in note for note in notes)
+
+
+class KilledDriver(InterruptedDriver):
+    """Kills its own process, as the out-of-memory killer does, before its n-th instruction."""
+
+    def __init__(self, connect: Callable[[], psycopg.Connection[Any]], steps: int) -> None:
+        super().__init__(connect)
+        self.steps = steps
+
+    def _perform(self, instruction: Any) -> Any:
+        if self.steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.steps -= 1
+        return super()._perform(instruction)
+
+
+def swap_killed_after(database: Database, steps: int) -> bool:
+    """Run a swap in a process of its own that is killed; return whether it was, or had ended before."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with KilledDriver(lambda: psycopg.connect(database.dsn(), application_name="killed"), steps) as driver:
+                driver.run(refreshing("mv", RefreshStrategy.SWAP))
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_a_swap_killed_at_any_step_leaves_the_old_view_and_nothing_beside_it(db: Database) -> None:
+    db.execute(SOURCE, "CREATE MATERIALIZED VIEW mv AS SELECT * FROM source", "CREATE UNIQUE INDEX mv_key ON mv (id)")
+    db.execute("CREATE STATISTICS mv_stat ON a, b FROM mv", "CREATE VIEW dep AS SELECT * FROM mv")
+    hook = hook_on(db)
+    hook.runs()
+    names = "SELECT relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1"
+    before, standing = picture(db, "mv"), db.rows(names)
+    db.execute("INSERT INTO source VALUES (1000, 3, 'late')")
+    steps = 0
+    while swap_killed_after(db, steps):
+        until(db, "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = 'killed'")
+        success = db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 1
+        assert db.value("SELECT count(*) FROM dep") == (501 if success else 500), steps
+        assert db.rows(names) == standing, steps
+        if success:
+            break
+        steps += 1
+    assert steps > 40
+    assert picture(db, "mv") == before
+    assert hook.refresh("mv", refresh_strategy="swap").response["row_count_after"] == 501
+    lost = db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 3 AND error->>'class' = 'RunLost'")
+    assert lost > 30
+    assert db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 1") == 0
