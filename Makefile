@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@# Compiled here, in parallel: else the first start of Airflow does it, one module after the other.
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode \
 		-c constraints.txt -b constraints.txt -e '.[dev]'
-	@rm -rf $(UV_CACHE_DIR)
+	@rm -rf '$(UV_CACHE_DIR)'
 	@touch $@
 
 demo: $(STAMP)
@@ -56,7 +56,7 @@ lint: $(STAMP)
 constraints: $(STAMP)
 	echo uv | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 		--all-extras --output-file constraints.txt pyproject.toml -
-	rm -rf $(UV_CACHE_DIR)
+	rm -rf '$(UV_CACHE_DIR)'
 
 clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -10,7 +10,7 @@ import hashlib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum, StrEnum
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -159,12 +159,14 @@ class Index:
                 check_identifier(column, "index column")
         if self.name is not None:
             check_identifier(self.name, "index name")
-        if not _METHOD.match(self.method):
+        if not isinstance(self.method, str) or not _METHOD.match(self.method):
             raise InvalidDefinition(f"method={self.method!r} is not the name of an index access method.")
         if self.where is not None:
             _check_text(self.where, "predicate of an index")
         if self.tablespace is not None:
             check_identifier(self.tablespace, "tablespace name")
+        _check_flag(self.unique, "unique of an index")
+        _check_flag(self.nulls_not_distinct, "nulls_not_distinct of an index")
         _set(self, "storage_parameters", _parameters(self.storage_parameters))
 
     @property
@@ -248,6 +250,10 @@ class MatViewDefinition:
             ViewName.parse(other)
         if self.tablespace is not None:
             check_identifier(self.tablespace, "tablespace name")
+        for text, what in ((self.comment, "comment"), (self.description, "description")):
+            if text is not None:
+                _check_text(text, f"{what} of {view}")
+        _check_flag(self.managed, "managed")
         names = [index.name_on(view.name) for index in self.all_indexes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InvalidDefinition(
@@ -418,10 +424,13 @@ def _known(kind: type, declaration: object, what: str) -> dict[str, Any]:
     if not isinstance(declaration, Mapping):
         raise InvalidDefinition(f"{what} is a table of arguments, not {declaration!r}.")
     known = [each.name for each in fields(kind)]
-    if unknown := sorted(set(declaration) - set(known)):
+    if unknown := sorted(map(str, set(declaration) - set(known))):
         raise InvalidDefinition(
             f"{', '.join(map(repr, unknown))} is no argument of {what}. There are: {', '.join(known)}."
         )
+    required = [each.name for each in fields(kind) if each.default is MISSING and each.default_factory is MISSING]
+    if missing := [name for name in required if name not in declaration]:
+        raise InvalidDefinition(f"{what} lacks {', '.join(map(repr, missing))}.")
     return dict(declaration)
 
 
@@ -445,6 +454,16 @@ def _check_text(text: object, what: str) -> None:
         raise InvalidDefinition(f"The {what} is empty.")
     if "\0" in text:
         raise InvalidDefinition(f"The {what} holds a NUL character, which PostgreSQL refuses.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidDefinition(f"The {what} is not valid Unicode text.") from None
+
+
+def _check_flag(value: object, argument: str) -> None:
+    # The word "false" from a file would count as true.
+    if not isinstance(value, bool):
+        raise InvalidDefinition(f"{argument} is true or false, not {value!r}.")
 
 
 def _tuple(values: object, argument: str, kinds: tuple[type, ...]) -> tuple[Any, ...]:

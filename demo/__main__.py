@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import time
@@ -35,6 +36,9 @@ def main() -> int:
     once = parser.parse_args().once
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
+    # PGOPTIONS, PGSSLMODE and the like are meant for the user's own servers.
+    for name in [name for name in os.environ if name.startswith("PG")]:
+        del os.environ[name]
     try:
         return _run(once=once)
     except KeyboardInterrupt:
@@ -47,7 +51,6 @@ def main() -> int:
 
 def _run(*, once: bool) -> int:
     with contextlib.ExitStack() as stack:
-        # Entered first, so it acts last: once the clean-up has begun, it is not to be interrupted.
         stack.callback(say, "everything has been removed")
         server = PostgresServer(_newest_installation(), durable=True)
         stack.callback(server.stop)
@@ -64,6 +67,7 @@ def _run(*, once: bool) -> int:
         airflow.begin_migration()
         warehouse = Warehouse(server)
         stack.callback(warehouse.close)
+        # Put on last, it acts first: a clean-up that has begun is not to be interrupted.
         stack.callback(_ignore_signals)
         warehouse.load()
         airflow.start()

@@ -21,9 +21,8 @@ GUARD = Path(__file__).with_name("server_guard.py")
 class Identity:
     """Who a server runs as: this user (both None), this user under other ids, or another user.
 
-    Attributes:
-        namespace: User and group id to appear as in a user namespace; to the outside nothing changes.
-        user: User and group id to switch to.
+    :param namespace: user and group id to appear as in a user namespace; to the outside nothing changes.
+    :param user: user and group id to switch to.
     """
 
     namespace: tuple[int, int] | None = None
@@ -36,8 +35,7 @@ def server_identity() -> Identity:
 
     A user namespace comes first, because the files stay those of the current user.
 
-    Raises:
-        OSError: Where there is none.
+    :raises OSError: when there is none.
     """
     known = {entry.pw_uid: entry for entry in pwd.getpwall()}
     if os.geteuid() != 0 and os.geteuid() in known:
@@ -64,17 +62,15 @@ def server_identity() -> Identity:
 class GuardedProcess:
     """A command that ends when this process does, even by SIGKILL.
 
-    Args:
-        command: The command line.
-        work_dir: Where it runs; removed where this process dies before the command.
-        log: The file that receives the output.
-        orphan_signal: What the command receives where this process dies first.
-        identity: Who it runs as.
-        own_session: Whether it leads a session of its own, all of which ends with it.
-        environment: Its environment.
+    Its attribute ``pid`` is the command's process id, 0 when it could not be started.
 
-    Attributes:
-        pid: The command's process id, 0 where it could not be started.
+    :param command: the command line.
+    :param work_dir: where it runs; removed when this process dies before the command.
+    :param log: the file that receives the output.
+    :param orphan_signal: what the command receives when this process dies first.
+    :param identity: who it runs as.
+    :param own_session: whether it leads a session of its own, all of which ends with it.
+    :param environment: its environment.
     """
 
     def __init__(
@@ -122,13 +118,12 @@ class GuardedProcess:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for it to end and return its exit status.
 
-        Raises:
-            subprocess.TimeoutExpired: Where it goes on for longer.
+        :raises subprocess.TimeoutExpired: when it goes on for longer.
         """
         return self._guard.wait(timeout)
 
     def ask(self, number: signal.Signals) -> None:
-        """Send it a signal; nothing happens where it has ended."""
+        """Send it a signal; nothing happens when it has ended."""
         assert self._guard.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._guard.stdin.write(b"%d\n" % number)
@@ -136,9 +131,8 @@ class GuardedProcess:
     def end(self, *signals: signal.Signals, timeout: float) -> None:
         """End it by the first signal that does, at last by SIGKILL.
 
-        Args:
-            signals: What to try, in this order.
-            timeout: How many seconds to wait after each.
+        :param signals: what to try, in this order.
+        :param timeout: how many seconds to wait after each.
         """
         assert self._guard.stdin is not None
         for number in (*signals, signal.SIGKILL):

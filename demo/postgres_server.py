@@ -47,13 +47,14 @@ class PostgresServerError(RuntimeError):
 class PostgresServer:
     """One server with its own data directory, a context manager.
 
-    Args:
-        bin_dir: The directory of the binaries, from `find_installations()`.
-        data_dir: Where the data live. None: a temporary directory that is removed on stop. An existing cluster
-            is taken as it is; an empty or absent directory becomes one, and stays after stop.
-        settings: Settings for postgresql.conf, in addition to small ones.
-        durable: Whether a commit waits for the disk. Off, it is faster; a crash of the server (not of the
-            machine) loses nothing even so.
+    Its attributes ``port`` and ``pid`` are of the running server, ``major`` is its version.
+
+    :param bin_dir: the directory of the binaries, from `find_installations()`.
+    :param data_dir: where the data live. None: a temporary directory that is removed on stop. An existing cluster
+        is taken as it is; an empty or absent directory becomes one, and stays after stop.
+    :param settings: settings for postgresql.conf, in addition to small ones.
+    :param durable: whether a commit waits for the disk. Off, it is faster; a crash of the server (not of the
+        machine) loses nothing even so.
     """
 
     def __init__(
@@ -64,16 +65,17 @@ class PostgresServer:
         *,
         durable: bool = False,
     ) -> None:
-        self.bin_dir = bin_dir
+        # Absolute, because the server does not run in the caller's directory.
+        self.bin_dir = bin_dir.absolute()
         self.major = major_of(bin_dir)
         self.port = 0
         self.pid = 0
-        self._given_data_dir = data_dir
+        self._given_data_dir = data_dir.absolute() if data_dir else None
         self._settings = dict(settings or {})
         self._durable = durable
         self._temp_dir: Path | None = None
         self._process: GuardedProcess | None = None
-        self._run_bin_dir = bin_dir
+        self._run_bin_dir = self.bin_dir
 
     @property
     def data_dir(self) -> Path:
@@ -93,9 +95,8 @@ class PostgresServer:
     def dsn(self, dbname: str = "postgres", user: str = "postgres") -> str:
         """Build a connection string for libpq.
 
-        Args:
-            dbname: The database.
-            user: The role; no password is needed.
+        :param dbname: the database.
+        :param user: the role; no password is needed.
         """
         return f"host=127.0.0.1 port={self.port} dbname={dbname} user={user}"
 
@@ -109,10 +110,9 @@ class PostgresServer:
         self.stop()
 
     def start(self) -> None:
-        """Make the cluster where there is none and start it; a server that runs is left as it is.
+        """Make the cluster when there is none and start it; a server that runs is left as it is.
 
-        Raises:
-            PostgresServerError: With the tail of the log, where it does not come up.
+        :raises PostgresServerError: when it does not come up; with the tail of the log.
         """
         if self.running:
             return
@@ -129,10 +129,9 @@ class PostgresServer:
             raise
 
     def stop(self, mode: StopMode = "fast") -> None:
-        """Stop the server and remove what is temporary; harmless where it is stopped already.
+        """Stop the server and remove what is temporary; harmless when it is stopped already.
 
-        Args:
-            mode: "smart" waits for clients to leave, "fast" ends their transactions, "immediate" is a crash.
+        :param mode: "smart" waits for clients to leave, "fast" ends their transactions, "immediate" is a crash.
         """
         self._halt(mode)
         if self._temp_dir is not None:
@@ -143,11 +142,8 @@ class PostgresServer:
     def restart(self, mode: StopMode = "immediate") -> None:
         """Stop the server and start it on the same port with the same data.
 
-        Args:
-            mode: As of `stop`; "immediate" is a crash with recovery.
-
-        Raises:
-            PostgresServerError: Where it does not come up again.
+        :param mode: as of `stop`; "immediate" is a crash with recovery.
+        :raises PostgresServerError: when it does not come up again.
         """
         self._halt(mode)
         try:
@@ -155,8 +151,6 @@ class PostgresServer:
         except BaseException:
             self.stop("immediate")
             raise
-
-    # What follows is private.
 
     def _temp(self) -> Path:
         if self._temp_dir is None:

@@ -20,10 +20,9 @@ def write_settings(data_dir: Path, settings: Mapping[str, str], *, durable: bool
 
     Not as options of the command line: those would win over ALTER SYSTEM.
 
-    Args:
-        data_dir: The data directory of a server that does not run.
-        settings: What to set, in addition to small defaults.
-        durable: Whether a commit waits for the disk.
+    :param data_dir: the data directory of a server that does not run.
+    :param settings: what to set, in addition to small defaults.
+    :param durable: whether a commit waits for the disk.
     """
     effective = {**_SETTINGS, **({} if durable else _SETTINGS_NOT_DURABLE), **settings}
     own = data_dir / "postgres_server.conf"

@@ -44,12 +44,9 @@ ESCALATE_AFTER_SECONDS = 10.0
 def enter_user_namespace(uid: int, gid: int) -> None:
     """Make this process, outside still its old user, appear as uid and gid to itself and to its children.
 
-    Args:
-        uid: The user id to appear as; it needs an entry in the user database, which initdb looks up.
-        gid: The group id to appear as.
-
-    Raises:
-        OSError: Where the kernel or the container refuses user namespaces.
+    :param uid: the user id to appear as; it needs an entry in the user database, which initdb looks up.
+    :param gid: the group id to appear as.
+    :raises OSError: when the kernel or the container refuses user namespaces.
     """
     outer_uid, outer_gid = os.geteuid(), os.getegid()
     libc = ctypes.CDLL(None, use_errno=True)
@@ -125,8 +122,7 @@ def _session_of(pid: int) -> int | None:
 def watch(process: subprocess.Popen[bytes], orphan_signal: int, *, to_group: bool) -> bool:
     """Wait for the command to end, passing on what the parent asks for.
 
-    Returns:
-        True where the parent went away first.
+    :returns: True when the parent went away first.
     """
     parent = os.getppid()
     asked_to_end: list[int] = []

@@ -31,7 +31,7 @@ from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run
 from airflow_provider_matviews.services.locking import Patience, politely
-from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import MINIMUM_VERSION, Prepared, Subject, Terms, record_run
@@ -390,7 +390,7 @@ class MatViewHook(PostgresHook):
 
     def _read(self, work: Work[_T]) -> _T:
         with Driver(self._open, self.log) as driver:
-            return driver.run(work)
+            return driver.run(explained(self.tracking_schema, work))
 
     def _open(self) -> psycopg.Connection[Any]:
         return cast("psycopg.Connection[Any]", self.get_conn())

@@ -8,7 +8,7 @@ from typing import Any
 
 from psycopg import sql
 
-from airflow_provider_matviews.exceptions import NotAMaterializedView, ViewNotFound
+from airflow_provider_matviews.exceptions import MissingPrivilege, NotAMaterializedView, ViewNotFound
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
 
@@ -79,6 +79,9 @@ class ViewFacts:
     reltuples: float
     can_own: bool
     can_maintain: bool
+    #: Whether the role may look into the view's schema, and whether it owns that schema.
+    can_use_schema: bool
+    can_own_schema: bool
     #: Rows that this transaction has already written to it, as the server counts them.
     inserted: int
     deleted: int
@@ -201,7 +204,9 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
                    pg_has_role(c.relowner, 'USAGE') AS can_own,
                    CASE WHEN current_setting('server_version_num')::integer >= 170000
                         THEN has_table_privilege(c.oid, {maintain})
-                        ELSE pg_has_role(c.relowner, 'USAGE') END AS can_maintain
+                        ELSE pg_has_role(c.relowner, 'USAGE') END AS can_maintain,
+                   has_schema_privilege(n.oid, 'USAGE') AS can_use_schema,
+                   pg_has_role(n.nspowner, 'USAGE') AS can_own_schema
             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
             WHERE n.nspname = %(schema)s AND c.relname = %(name)s
             """
@@ -237,6 +242,20 @@ def require_view(view: ResolvedName) -> Work[ViewFacts]:
             "the connection's database.",
         )
     return facts
+
+
+def require_schema_usage(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:
+    """Refuse what PostgreSQL would refuse, in words that name the view and the GRANT.
+
+    :raises MissingPrivilege: when the role may not look into the view's schema.
+    """
+    if facts.can_use_schema:
+        return
+    schema, role = (sql.Identifier(name).as_string(None) for name in (view.schema, server.role))
+    raise MissingPrivilege(
+        f"The role {role} may not reach {view.display}: it lacks USAGE on the schema {schema}.",
+        hint=f"run: GRANT USAGE ON SCHEMA {schema} TO {role};",
+    )
 
 
 def query_of(view: ResolvedName) -> Work[str | None]:
@@ -355,9 +374,9 @@ def sources_of(oid: int) -> Work[list[str]]:
     return [row["name"] for row in rows]
 
 
-def attachments_of(oid: int) -> Work[list[Attachment]]:
+def attachments_of(oid: int, session: Session = Session.WORK) -> Work[list[Attachment]]:
     """Return everything a view has beside its query and its rows, as ``postgres`` keeps it in the catalogs."""
-    rows = yield from fetch_all(_ATTACHMENTS, {"oid": oid})
+    rows = yield from fetch_all(_ATTACHMENTS, {"oid": oid}, session)
     return [Attachment(**row) for row in rows]
 
 
@@ -373,6 +392,11 @@ _ATTACHMENTS = sql.SQL(
                a.privilege_type
         FROM aclexplode(c.relacl) a WHERE a.grantee <> c.relowner) g
     WHERE c.oid = %(oid)s
+    UNION ALL
+    SELECT 'grant option', pg_get_userbyid(a.grantee)::text,
+           format('the right of %%I to grant %%s to others', pg_get_userbyid(a.grantee), a.privilege_type)
+    FROM pg_catalog.pg_class c, aclexplode(c.relacl) a
+    WHERE c.oid = %(oid)s AND a.is_grantable AND a.grantee <> c.relowner
     UNION ALL
     SELECT 'column privilege', a.attname::text, 'privileges on column ' || quote_ident(a.attname)
     FROM pg_catalog.pg_attribute a WHERE a.attrelid = %(oid)s AND a.attacl IS NOT NULL
@@ -412,6 +436,12 @@ _ATTACHMENTS = sql.SQL(
       AND (a.attstorage <> t.typstorage OR a.attcompression <> '' OR coalesce(a.attstattarget, -1) >= 0
            OR a.attoptions IS NOT NULL)
     UNION ALL
+    SELECT 'index setting', i.relname::text,
+           format('statistics target of column %%s of index %%I', a.attnum, i.relname)
+    FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = i.oid
+    WHERE x.indrelid = %(oid)s AND coalesce(a.attstattarget, -1) >= 0
+    UNION ALL
     SELECT 'statistics', s.stxname::text, 'extended statistics ' || quote_ident(s.stxname)
     FROM pg_catalog.pg_statistic_ext s WHERE s.stxrelid = %(oid)s
     UNION ALL
@@ -427,8 +457,9 @@ _ATTACHMENTS = sql.SQL(
     UNION ALL
     SELECT 'extension', e.extname::text, 'a tie to extension ' || quote_ident(e.extname)
     FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
-    WHERE d.classid = 'pg_class'::regclass AND d.objid = %(oid)s AND d.refclassid = 'pg_extension'::regclass
-      AND d.deptype IN ('e', 'x')
+    WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_extension'::regclass AND d.deptype IN ('e', 'x')
+      AND (d.objid = %(oid)s
+           OR d.objid IN (SELECT x.indexrelid FROM pg_catalog.pg_index x WHERE x.indrelid = %(oid)s))
     ORDER BY 1, 2
     """
 )

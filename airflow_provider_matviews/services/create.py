@@ -30,7 +30,7 @@ from airflow_provider_matviews.exceptions import (
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, shorten
 from airflow_provider_matviews.services import catalog, row_counts
 from airflow_provider_matviews.services.catalog import Attachment, ResolvedName, ServerFacts, ViewFacts
-from airflow_provider_matviews.services.instructions import Command, Note, Work, fetch_one, raw
+from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_one, raw
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 
 #: Runs the short last part of a replacement under ``lock_timeout``; see ``locking.politely``.
@@ -77,17 +77,17 @@ def create_view(
         )
     standing = yield from catalog.find_view(view)
     yield from _require_schema(view, server)
-    query = yield from _read_query(view, definition)
+    query = yield from _read_query(view, definition.sql)
     _require_columns(view, definition, query)
     if standing is None:
         yield from _build(view, view, definition, query, report)
         yield from _fill(view, server, with_data, row_counts, report)
         return report.end("created")
     if not force:
-        yield from _leave_standing(view, standing, query, report)
+        yield from _leave_standing(view, standing, query, row_counts, report)
         return report.end("skipped")
     yield from _require_replaceable(view, standing, definition, server)
-    report.told(row_count_before=standing.estimated_rows)
+    yield from _count_standing(view, standing, row_counts, report)
     beside = _beside(view)
     yield Note(f"{view.display} stands and is replaced: built beside it, then put in its place.")
     yield from _build(beside, view, definition, query, report)
@@ -99,7 +99,8 @@ def create_view(
 def _require_schema(view: ResolvedName, server: ServerFacts) -> Work[None]:
     row = yield from fetch_one(
         sql.SQL(
-            "SELECT has_schema_privilege(oid, 'CREATE') AS may FROM pg_catalog.pg_namespace WHERE nspname = {}"
+            "SELECT has_schema_privilege(oid, 'CREATE') AND has_schema_privilege(oid, 'USAGE') AS may "
+            "FROM pg_catalog.pg_namespace WHERE nspname = {}"
         ).format(sql.Literal(view.schema))
     )
     schema, role = (sql.Identifier(name).as_string(None) for name in (view.schema, server.role))
@@ -107,13 +108,13 @@ def _require_schema(view: ResolvedName, server: ServerFacts) -> Work[None]:
         raise InvalidDefinition(f"The schema {schema} does not exist.", hint=f"run: CREATE SCHEMA {schema};")
     if not row["may"]:
         raise MissingPrivilege(
-            f"The role {role} may not create {view.display}: it lacks CREATE on the schema {schema}.",
+            f"The role {role} may not create {view.display}: it lacks CREATE or USAGE on the schema {schema}.",
             hint=f"run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role};",
         )
 
 
-def _read_query(view: ResolvedName, definition: MatViewDefinition) -> Work[_Query]:
-    """Have the server read the definition's SQL, as a plain view that is undone at once.
+def _read_query(view: ResolvedName, text: str) -> Work[_Query]:
+    """Have the server read a definition's SQL, as a plain view that is undone at once.
 
     It refuses whatever is not one query, tells the columns, and gives the text back in its own words, in which
     comments and semicolons at the end are gone. The query itself does not run.
@@ -121,7 +122,7 @@ def _read_query(view: ResolvedName, definition: MatViewDefinition) -> Work[_Quer
     probe = ResolvedName(view.schema, _token_name("probe"), "")
     yield Command(sql.SQL("SAVEPOINT probe"))
     try:
-        yield Command(sql.SQL("CREATE VIEW {} AS ").format(probe.identifier) + raw(definition.sql))
+        yield Command(sql.SQL("CREATE VIEW {} AS ").format(probe.identifier) + raw(text))
     except (
         psycopg.errors.SyntaxError,
         psycopg.errors.FeatureNotSupported,
@@ -129,21 +130,28 @@ def _read_query(view: ResolvedName, definition: MatViewDefinition) -> Work[_Quer
         psycopg.errors.UndefinedParameter,
         psycopg.errors.IndeterminateDatatype,
     ) as error:
-        raise InvalidDefinition(
-            f"The SQL of {view.display} cannot be a materialized view: {error.diag.message_primary or error}.",
-            hint="a definition is exactly one SELECT, WITH, VALUES or TABLE statement that only reads, over "
-            "tables and views that are not temporary, without parameters.",
-        ) from error
+        raise _not_one_query(view, error.diag.message_primary or str(error)) from error
     row = yield from fetch_one(
-        sql.SQL("SELECT {oid}::oid::bigint AS oid, pg_get_viewdef({oid}) AS text").format(
-            oid=sql.SQL("{}::regclass").format(sql.Literal(probe.ddl))
-        )
+        sql.SQL(
+            "SELECT oid::bigint AS oid, pg_get_viewdef(oid) AS text, reloptions IS NOT NULL AS options "
+            "FROM pg_catalog.pg_class WHERE oid = {}::regclass"
+        ).format(sql.Literal(probe.ddl))
     )
     assert row is not None
+    if row["options"]:
+        raise _not_one_query(view, "WITH CHECK OPTION belongs to plain views")
     columns = yield from catalog.columns_of(row["oid"])
     yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
     yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
     return _Query(row["text"], tuple(name for name, _ in columns))
+
+
+def _not_one_query(view: ResolvedName, reason: str) -> InvalidDefinition:
+    return InvalidDefinition(
+        f"The SQL of {view.display} cannot be a materialized view: {reason}.",
+        hint="a definition is exactly one SELECT, WITH, VALUES or TABLE statement that only reads, over "
+        "tables and views that are not temporary, without parameters.",
+    )
 
 
 def _require_columns(view: ResolvedName, definition: MatViewDefinition, query: _Query) -> None:
@@ -156,9 +164,17 @@ def _require_columns(view: ResolvedName, definition: MatViewDefinition, query: _
             )
 
 
-def _leave_standing(view: ResolvedName, standing: ViewFacts, query: _Query, report: Report) -> Work[None]:
-    drifted = (yield from catalog.query_of(view)) != query.text
-    report.told(reason="it stands already", drift=drifted, row_count_before=standing.estimated_rows)
+def _leave_standing(
+    view: ResolvedName, standing: ViewFacts, query: _Query, counting: RowCountStrategy, report: Report
+) -> Work[None]:
+    text = yield from catalog.query_of(view)
+    drifted = text != query.text
+    if drifted:
+        # PostgreSQL may word its own wording differently (varchar IN (...) does), and a view made here was made
+        # from that wording.
+        drifted = text != (yield from _read_query(view, query.text)).text
+    report.told(reason="it stands already", drift=drifted)
+    yield from _count_standing(view, standing, counting, report)
     if drifted:
         yield Note(
             f"{view.display} stands already and is left as it is, BUT ITS QUERY IS NOT THE DEFINITION'S. "
@@ -167,6 +183,10 @@ def _leave_standing(view: ResolvedName, standing: ViewFacts, query: _Query, repo
         )
     else:
         yield Note(f"{view.display} stands already, with the definition's query; left as it is.")
+
+
+def _count_standing(view: ResolvedName, standing: ViewFacts, counting: RowCountStrategy, report: Report) -> Work[None]:
+    report.told(row_count_before=(yield from row_counts.before_refresh(view, standing, counting)))
 
 
 def _build(
@@ -240,7 +260,13 @@ def _require_replaceable(
             dependents=dependents,
             hint="drop those first and make them again afterwards.",
         )
-    attachments = yield from catalog.attachments_of(standing.oid)
+    yield from _require_nothing_lost(view, standing, definition)
+
+
+def _require_nothing_lost(
+    view: ResolvedName, standing: ViewFacts, definition: MatViewDefinition, session: Session = Session.WORK
+) -> Work[None]:
+    attachments = yield from catalog.attachments_of(standing.oid, session)
     lost = [each for each in attachments if not _declared(each, view, definition)]
     if lost:
         raise WouldBeLost(
@@ -282,6 +308,9 @@ def _cut(
 ) -> Work[None]:
     # RESTRICT: what came to depend on the view meanwhile is an error, not a loss.
     yield from report.run("cut", Command(sql.SQL("DROP MATERIALIZED VIEW {} RESTRICT").format(view.identifier)))
+    # DROP now holds its locks, so nothing more can be attached; seen from outside this transaction the view
+    # still stands, with what it was given while the new one was built.
+    yield from _require_nothing_lost(view, standing, definition, Session.RECORD)
     rename = sql.SQL("ALTER {} {} RENAME TO {}")
     for position, index in enumerate(definition.all_indexes):
         made = sql.Identifier(view.schema, f"{beside.name}_{position}")

@@ -79,7 +79,8 @@ def _require_nothing_unannounced(view: ResolvedName, facts: ViewFacts, announced
 
 
 def _require_owner(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:
-    if facts.can_own:
+    catalog.require_schema_usage(view, facts, server)
+    if facts.can_own or facts.can_own_schema:
         return
     role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, facts.owner))
     raise MissingPrivilege(

@@ -6,6 +6,8 @@ workers are being upgraded.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import psycopg
 from psycopg import sql
 
@@ -95,6 +97,8 @@ JOIN {schema}.mat_view_definitions d ON d.id = r.mat_view_definition_id"""),
 
 LATEST = max(MIGRATIONS)
 
+_T = TypeVar("_T")
+
 
 def ensure_schema(tracking_schema: str) -> Work[None]:
     """Make the tables of the record, or bring them up to date. Safe when many do so at once.
@@ -102,12 +106,20 @@ def ensure_schema(tracking_schema: str) -> Work[None]:
     :param tracking_schema: the schema that holds them, not quoted.
     :raises MissingPrivilege: when the role may not; the hint is the GRANT.
     """
+    version = yield from explained(tracking_schema, _version(tracking_schema))
+    if version >= LATEST:
+        return
+    yield Note(f"Preparing the run tables in schema {tracking_schema} (version {LATEST}).")
+    yield from explained(tracking_schema, _migrate(tracking_schema))
+
+
+def explained(tracking_schema: str, work: Work[_T]) -> Work[_T]:
+    """Do something with the run tables; say which GRANT the role lacks where it may not.
+
+    :raises MissingPrivilege: when the role may not; the hint is the GRANT.
+    """
     try:
-        version = yield from _version(tracking_schema)
-        if version >= LATEST:
-            return
-        yield Note(f"Preparing the run tables in schema {tracking_schema} (version {LATEST}).")
-        yield from _migrate(tracking_schema)
+        return (yield from work)
     except psycopg.errors.InsufficientPrivilege as error:
         raise (yield from _explain(tracking_schema, error)) from error
 

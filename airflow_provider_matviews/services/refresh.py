@@ -92,6 +92,7 @@ def _measure(view: ResolvedName, before: ViewFacts, report: Report) -> Work[None
 
 
 def _require_right(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:
+    catalog.require_schema_usage(view, facts, server)
     if facts.can_maintain:
         return
     role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, facts.owner))

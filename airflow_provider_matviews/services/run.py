@@ -23,6 +23,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
+from airflow_provider_matviews.services.migrations import explained
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 from airflow_provider_matviews.services.session_settings import apply_settings
 
@@ -97,11 +98,10 @@ def record_run(
         taken = yield from take_view_lock(view, terms.if_locked, terms.patience)
         report = Report.on(view.display, dict(terms.request))
         if not taken:
-            return (yield from _stand_back(operation, view, ledger, terms, report))
-        record = yield from _record_of(view, subject, ledger)
-        run_id, orphans = yield from ledger.start(record.id, operation, _meta(report, terms))
-        for lost in orphans:
-            yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
+            standing_back = _stand_back(operation, view, ledger, terms, report)
+            return (yield from explained(ledger.tracking_schema, standing_back))
+        starting = _start(operation, view, subject, ledger, _meta(report, terms))
+        record, run_id = yield from explained(ledger.tracking_schema, starting)
         prepared = Prepared(view, server, record, report, terms.patience)
         return (yield from _carry_out(service, prepared, run_id, ledger, terms, begun))
     except BaseException:
@@ -126,6 +126,16 @@ def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple
             else "unset default_transaction_read_only for this role, database or connection.",
         )
     return view, server
+
+
+def _start(
+    operation: Operation, view: ResolvedName, subject: Subject, ledger: Ledger, meta: dict[str, Any]
+) -> Work[tuple[DefinitionRecord, int]]:
+    record = yield from _record_of(view, subject, ledger)
+    run_id, orphans = yield from ledger.start(record.id, operation, meta)
+    for lost in orphans:
+        yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
+    return record, run_id
 
 
 def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger) -> Work[DefinitionRecord]:
