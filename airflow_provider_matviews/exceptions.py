@@ -39,10 +39,6 @@ class InvalidName(InvalidDefinition):
     """A name that PostgreSQL could not hold as it stands."""
 
 
-class StrategyNotAvailable(InvalidDefinition):
-    """A refresh strategy that this version does not have."""
-
-
 class UnsupportedServer(MatViewError):
     """Not PostgreSQL 14 or newer, or a server that takes no writes (a standby, read-only)."""
 

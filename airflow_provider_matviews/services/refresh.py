@@ -14,7 +14,7 @@ from airflow_provider_matviews.services.instructions import Note, Work
 from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.response import Report, ServiceResponse
-from airflow_provider_matviews.services.strategies import auto, strategy_named, swap
+from airflow_provider_matviews.services.strategies import STRATEGIES, auto, swap
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 
@@ -73,7 +73,7 @@ def refresh_view(
         yield Note(f"Strategy {strategy.value}, as asked for.")
     job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     report.told(strategy=strategy.value, reason=reason)
-    yield from strategy_named(strategy)(job)
+    yield from STRATEGIES[strategy](job)
     yield from _measure(view, facts, report)
     if vacuum:
         report.later("vacuum", maintenance("VACUUM", view))
