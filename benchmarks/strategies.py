@@ -100,7 +100,8 @@ def compare(server: PostgresServer, hook: MatViewHook, rounds: int) -> None:
                 walls[strategy].append((time.perf_counter() - begun) * 1000)
             stalls[strategy].append(reader.longest)
             print(
-                f"  round {number + 1}: {strategy:10} {walls[strategy][-1]:8.0f} ms, longest read {reader.longest:8.1f} ms"
+                f"  round {number + 1}: {strategy:10} {walls[strategy][-1]:8.0f} ms, "
+                f"longest read {reader.longest:8.1f} ms"
             )
     wall = {strategy: statistics.median(each) for strategy, each in walls.items()}
     stall = {strategy: statistics.median(each) for strategy, each in stalls.items()}
@@ -109,10 +110,12 @@ def compare(server: PostgresServer, hook: MatViewHook, rounds: int) -> None:
         print(f"  {strategy:10} {wall[strategy]:8.0f} ms wall, longest read {stall[strategy]:8.1f} ms")
     print(f"  swap's wall time is {wall['swap'] / wall['regular']:.2f} of a plain REFRESH's (aim: at most 1.10)")
     print(
-        f"  and {wall['swap'] / wall['concurrent']:.2f} of CONCURRENTLY's with half the rows changed (aim: at most 0.50)"
+        f"  and {wall['swap'] / wall['concurrent']:.2f} of CONCURRENTLY's with half the rows changed "
+        "(aim: at most 0.50)"
     )
     print(
-        f"  swap's longest read is 1/{wall['regular'] / stall['swap']:.0f} of a plain REFRESH's wall (aim: 1/200 or less)"
+        f"  swap's longest read is 1/{wall['regular'] / stall['swap']:.0f} of a plain REFRESH's wall "
+        "(aim: 1/200 or less)"
     )
 
 
@@ -125,8 +128,8 @@ def hold(server: PostgresServer, hook: MatViewHook, lock_timeout: float) -> None
         hook.refresh("activity", refresh_strategy="swap", lock_timeout=lock_timeout)
         timer.join()
     print(
-        f"\nWith a reader's transaction holding the view for 12 s and lock_timeout={lock_timeout:g} s, the longest wait "
-        f"of a newcomer was {reader.longest:.0f} ms."
+        f"\nWith a reader's transaction holding the view for 12 s and lock_timeout={lock_timeout:g} s, "
+        f"the longest wait of a newcomer was {reader.longest:.0f} ms."
     )
 
 

@@ -98,7 +98,7 @@ def _ddl(view: ResolvedName, unique: Sequence[IndexFacts], unique_index_columns:
     if invalid:
         name = sql.Identifier(view.schema, invalid[0].name).as_string(None)
         # A regular refresh builds every index anew; REINDEX fails while the rows that stand are not unique.
-        return f"REINDEX INDEX CONCURRENTLY {name}; Or use refresh_strategy='swap', which needs no index."
+        return f"REINDEX INDEX CONCURRENTLY {name}; Or refresh it with refresh_strategy='regular'."
     columns = ", ".join(sql.Identifier(column).as_string(None) for column in unique_index_columns)
     ddl = f"CREATE UNIQUE INDEX CONCURRENTLY ON {view.ddl} ({columns or '<columns that are unique together>'});"
     # CREATE INDEX CONCURRENTLY works on materialized views and lets readers and refreshes of others go on.
