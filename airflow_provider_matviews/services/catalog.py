@@ -12,6 +12,8 @@ from airflow_provider_matviews.exceptions import MissingPrivilege, NotAMateriali
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
 
+_NOTHING = sql.SQL("NULL")
+
 #: pg_class.relkind in words (https://www.postgresql.org/docs/current/catalog-pg-class.html).
 _KINDS = {
     "r": "a table",
@@ -150,13 +152,21 @@ def resolve(view: ViewName, *, creating: bool = False, session: Session = Sessio
 
 
 def arrive(
-    view: ViewName, *, creating: bool = False, session: Session = Session.WORK
+    view: ViewName,
+    *,
+    creating: bool = False,
+    session: Session = Session.WORK,
+    settings: sql.Composable = _NOTHING,
 ) -> Work[tuple[ServerFacts, ResolvedName]]:
-    """Ask, in one round trip, where we are and which view a name means there; as :func:`resolve` does."""
+    """Ask, in one round trip, where we are and which view a name means there; as :func:`resolve` does.
+
+    :param settings: expressions to evaluate with it, such as ``set_config(...)``.
+    """
     row = yield from fetch_one(
         sql.SQL(
             """
-            SELECT current_setting('server_version_num')::integer AS version, current_user::text AS role,
+            SELECT ARRAY[{settings}]::text[] AS settings,
+                   current_setting('server_version_num')::integer AS version, current_user::text AS role,
                    current_database()::text AS database, current_setting('search_path') AS search_path,
                    pg_catalog.pg_is_in_recovery() AS in_recovery,
                    current_setting('transaction_read_only')::boolean AS read_only,
@@ -171,11 +181,12 @@ def arrive(
                 ) END,
                 current_schema()::text) AS schema) s
             """
-        ),
+        ).format(settings=settings),
         {"schema": view.schema, "name": view.name, "creating": creating},
         session,
     )
     assert row is not None
+    del row["settings"]
     schema, quoted_schema, display = row.pop("schema"), row.pop("quoted_schema"), row.pop("quoted_name")
     server = ServerFacts(**row)
     if schema is None:

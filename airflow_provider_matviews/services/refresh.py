@@ -74,21 +74,9 @@ def refresh_view(
     job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     report.told(strategy=strategy.value, reason=reason)
     yield from STRATEGIES[strategy](job)
-    yield from _measure(view, facts, report)
     if vacuum:
         report.later("vacuum", maintenance("VACUUM", view))
     return report.end("updated")
-
-
-def _measure(view: ResolvedName, before: ViewFacts, report: Report) -> Work[None]:
-    """Tell what the refresh left: size, dead rows, and the WAL that the whole server wrote meanwhile."""
-    after = yield from catalog.require_view(view)
-    rebuilt = report.response["strategy"] != RefreshStrategy.CONCURRENT.value
-    report.told(
-        size_bytes=(yield from catalog.size_of(after.oid)),
-        dead_rows=0 if rebuilt else before.dead_rows + report.response.get("rows_deleted", 0),
-        server_wal_bytes=after.wal_position - before.wal_position,
-    )
 
 
 def _require_right(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:

@@ -12,11 +12,21 @@ from airflow_provider_matviews.services.instructions import Work, fetch_one
 
 
 @dataclass(frozen=True)
-class Written:
-    """Rows that an operation has inserted into and deleted from a view, as the server counted them."""
+class Outcome:
+    """What a refresh did to a view, as the server tells it before COMMIT.
 
-    inserted: int
-    deleted: int
+    :ivar inserted: rows written; None where the server does not count (``track_counts=off``).
+    :ivar deleted: rows taken away; None likewise.
+    :ivar estimated: the planner's estimate of the rows there are; None where it has none.
+    :ivar size_bytes: the view with its indexes and TOAST.
+    :ivar wal_position: how far the whole server has written WAL, in bytes.
+    """
+
+    inserted: int | None
+    deleted: int | None
+    estimated: int | None
+    size_bytes: int
+    wal_position: int
 
 
 def counted(view: ResolvedName) -> Work[int]:
@@ -26,33 +36,28 @@ def counted(view: ResolvedName) -> Work[int]:
     return int(row["n"])
 
 
-def estimated(oid: int) -> Work[int | None]:
-    """Return the planner's estimate, or None where it has none yet."""
-    row = yield from fetch_one(
-        sql.SQL("SELECT reltuples::double precision AS n FROM pg_catalog.pg_class WHERE oid = {}").format(
-            sql.Literal(oid)
-        )
-    )
-    return None if row is None or row["n"] < 0 else int(row["n"])
-
-
-def written_since(facts: ViewFacts, server: ServerFacts) -> Work[Written | None]:
-    """Return what this transaction has written to a view since ``facts``; None where the server does not count.
+def outcome(facts: ViewFacts, server: ServerFacts) -> Work[Outcome]:
+    """Return what this transaction has done to a view since ``facts``, in one round trip.
 
     The counters of the transaction itself are exact: after REFRESH, ``inserted`` is every row; after
     REFRESH ... CONCURRENTLY, both are the difference (measured on PostgreSQL 15 to 18). They count what was
     rolled back to a savepoint too, hence the difference to ``facts``.
     """
-    if not server.track_counts:
-        return None
     row = yield from fetch_one(
         sql.SQL(
-            "SELECT pg_stat_get_xact_tuples_inserted({oid}) AS inserted, "
-            "pg_stat_get_xact_tuples_deleted({oid}) AS deleted"
-        ).format(oid=sql.Literal(facts.oid))
+            "SELECT pg_stat_get_xact_tuples_inserted(oid) AS inserted, pg_stat_get_xact_tuples_deleted(oid) AS deleted, "
+            "nullif(reltuples, -1)::bigint AS estimated, pg_total_relation_size(oid) AS size_bytes, "
+            "(pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_position "
+            "FROM pg_catalog.pg_class WHERE oid = {}::oid"
+        ).format(sql.Literal(facts.oid))
     )
     assert row is not None
-    return Written(row["inserted"] - facts.inserted, row["deleted"] - facts.deleted)
+    if server.track_counts:
+        row["inserted"] -= facts.inserted
+        row["deleted"] -= facts.deleted
+    else:
+        row["inserted"] = row["deleted"] = None
+    return Outcome(**row)
 
 
 def before_refresh(view: ResolvedName, facts: ViewFacts, strategy: RowCountStrategy) -> Work[int | None]:

@@ -110,13 +110,10 @@ def record_run(
 
 
 def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
-    yield from fetch_all(
-        sql.SQL(
-            "SELECT set_config('lock_timeout', {}, true), "
-            "set_config('idle_in_transaction_session_timeout', '0', true), {}"
-        ).format(sql.Literal(terms.patience.lock_timeout_setting), _CONNECTION_CHECK)
-    )
-    server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE)
+    settings = sql.SQL(
+        "set_config('lock_timeout', {}, true), set_config('idle_in_transaction_session_timeout', '0', true), {}"
+    ).format(sql.Literal(terms.patience.lock_timeout_setting), _CONNECTION_CHECK)
+    server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE, settings=settings)
     if server.in_recovery or server.read_only:
         what = "is a standby: it takes no writes" if server.in_recovery else "is set to read-only transactions"
         raise UnsupportedServer(

@@ -41,19 +41,21 @@ def refresh(job: Refreshing) -> Work[None]:
     job.report.told(strategy="concurrent")
     if job.analyze:
         job.report.later("analyze", maintenance("ANALYZE", job.view))
-    written = yield from row_counts.written_since(job.facts, job.server)
-    if written is None:
+    outcome = yield from row_counts.outcome(job.facts, job.server)
+    job.told(outcome, rebuilt=False)
+    if outcome.inserted is None or outcome.deleted is None:
         yield from _count_without_counters(job)
         return
-    job.report.told(rows_inserted=written.inserted, rows_deleted=written.deleted)
+    job.report.told(rows_inserted=outcome.inserted, rows_deleted=outcome.deleted)
+    growth = outcome.inserted - outcome.deleted
     if job.row_counts is RowCountStrategy.EXACT:
         # One scan gives both: REFRESH still holds its lock, so nobody else can have refreshed in between.
         after: int | None = yield from row_counts.counted(job.view)
         assert after is not None
-        job.report.told(row_count_before=after - written.inserted + written.deleted, row_count_after=after)
+        job.report.told(row_count_before=after - growth, row_count_after=after)
     elif job.row_counts is RowCountStrategy.ESTIMATED:
         before = job.facts.estimated_rows
-        after = None if before is None else max(0, before + written.inserted - written.deleted)
+        after = None if before is None else max(0, before + growth)
         job.report.told(row_count_before=before, row_count_after=after)
 
 

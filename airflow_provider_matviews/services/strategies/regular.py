@@ -19,17 +19,15 @@ def refresh(job: Refreshing) -> Work[None]:
     """Rewrite the view; its new row count comes for free with it."""
     before = yield from row_counts.before_refresh(job.view, job.facts, job.row_counts)
     yield from job.report.run("refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(job.view.identifier)))
+    outcome = yield from row_counts.outcome(job.facts, job.server)
+    job.told(outcome, rebuilt=True)
     job.report.told(strategy="regular", row_count_before=before)
     if job.analyze is not False:
         # After COMMIT: it would hold up the readers who are waiting already.
         job.report.later("analyze", maintenance("ANALYZE", job.view))
     if job.row_counts is RowCountStrategy.NONE:
         return
-    written = yield from row_counts.written_since(job.facts, job.server)
-    if written is not None:
-        after: int | None = written.inserted
-    elif job.row_counts is RowCountStrategy.EXACT:
+    after = outcome.estimated if outcome.inserted is None else outcome.inserted
+    if outcome.inserted is None and job.row_counts is RowCountStrategy.EXACT:
         after = yield from row_counts.counted(job.view)
-    else:
-        after = yield from row_counts.estimated(job.facts.oid)
     job.report.told(row_count_after=after)

@@ -160,14 +160,13 @@ def _swap(job: Refreshing) -> Work[int | None]:
 
 
 def _count(job: Refreshing, built: ViewFacts) -> Work[int | None]:
+    outcome = yield from row_counts.outcome(built, job.server)
+    job.told(outcome, rebuilt=True)
     if job.row_counts is RowCountStrategy.NONE:
         return None
-    written = yield from row_counts.written_since(built, job.server)
-    if written is not None:
-        return written.inserted
-    if job.row_counts is RowCountStrategy.EXACT:
+    if outcome.inserted is None and job.row_counts is RowCountStrategy.EXACT:
         return (yield from row_counts.counted(job.view))
-    return (yield from row_counts.estimated(built.oid))
+    return outcome.estimated if outcome.inserted is None else outcome.inserted
 
 
 def _cut(job: Refreshing, beside: Beside, picture: Picture, mark: int) -> Work[None]:
