@@ -378,6 +378,23 @@ def test_what_cannot_follow_refuses_swap_by_name_and_auto_takes_another_way(
     assert oid(each_db, "mv") == old
 
 
+def test_a_view_without_columns_is_swapped(each_db: Database) -> None:
+    each_db.execute(SOURCE, "CREATE MATERIALIZED VIEW mv AS SELECT FROM source")
+    assert hook_on(each_db).refresh("mv", refresh_strategy="swap").response["row_count_after"] == 500
+
+
+def test_a_role_that_may_not_flush_the_wal_swaps_all_the_same(db: Database) -> None:
+    owner = db.role()
+    db.execute(
+        f"GRANT CREATE ON DATABASE {db.name} TO {owner}",
+        f"GRANT CREATE, USAGE ON SCHEMA public TO {owner}",
+        "REVOKE EXECUTE ON FUNCTION pg_logical_emit_message(boolean, text, text, boolean) FROM PUBLIC",
+    )
+    with db.connect(user=owner) as connection:
+        connection.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a")
+    assert hook_on(db, user=owner).refresh("mv", refresh_strategy="swap").status == "updated"
+
+
 def test_an_invalid_index_refuses_swap(each_db: Database) -> None:
     each_db.execute(SOURCE, "CREATE MATERIALIZED VIEW mv AS SELECT * FROM source")
     with each_db.connect() as connection, pytest.raises(psycopg.errors.UniqueViolation):

@@ -105,9 +105,11 @@ def take_names(beside: Beside, picture: Picture, report: Report) -> Work[None]:
 def _create(new: ResolvedName, picture: Picture, query: str) -> sql.Composable:
     options = [_option(option) for option in picture.options]
     options += [sql.SQL("toast.") + _option(option) for option in picture.toast_options]
-    return sql.SQL("CREATE MATERIALIZED VIEW {} ({}) USING {}{}{} AS\n{}\nWITH NO DATA").format(
+    columns = sql.SQL(", ").join(sql.Identifier(column.name) for column in picture.columns)
+    return sql.SQL("CREATE MATERIALIZED VIEW {}{} USING {}{}{} AS\n{}\nWITH NO DATA").format(
         new.identifier,
-        sql.SQL(", ").join(sql.Identifier(column.name) for column in picture.columns),
+        # PostgreSQL has views without columns, but no empty list of them.
+        sql.SQL(" ({})").format(columns) if picture.columns else sql.SQL(""),
         sql.Identifier(picture.access_method),
         sql.SQL(" WITH ({})").format(sql.SQL(", ").join(options)) if options else sql.SQL(""),
         sql.SQL(" TABLESPACE {}").format(sql.Identifier(picture.tablespace)) if picture.tablespace else sql.SQL(""),
