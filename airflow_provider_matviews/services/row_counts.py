@@ -46,7 +46,8 @@ def outcome(facts: ViewFacts, server: ServerFacts) -> Work[Outcome]:
     row = yield from fetch_one(
         sql.SQL(
             "SELECT pg_stat_get_xact_tuples_inserted(oid) AS inserted, "
-            "pg_stat_get_xact_tuples_deleted(oid) AS deleted, nullif(reltuples, -1)::bigint AS estimated, pg_total_relation_size(oid) AS size_bytes, "
+            "pg_stat_get_xact_tuples_deleted(oid) AS deleted, nullif(reltuples, -1)::bigint AS estimated, "
+            "pg_total_relation_size(oid) AS size_bytes, "
             "(pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_position "
             "FROM pg_catalog.pg_class WHERE oid = {}::oid"
         ).format(sql.Literal(facts.oid))
