@@ -137,11 +137,16 @@ def _carry_out(order: Order) -> None:
             os._exit(1)
         os._exit(0)
     os.close(tell)
-    print(pid, flush=True)
+    _answer(pid)
     _, status = os.waitpid(pid, 0)
     with os.fdopen(told, "rb") as pipe:
         statement = pipe.read().decode()
-    print(json.dumps([os.waitstatus_to_exitcode(status), statement]), flush=True)
+    _answer([os.waitstatus_to_exitcode(status), statement])
+
+
+def _answer(value: Any) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
 
 
 class Gallows:
@@ -154,7 +159,8 @@ class Gallows:
         """Start a process and return its pid; :meth:`end` waits for it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(asdict(order)), file=self._process.stdin, flush=True)
+        self._process.stdin.write(json.dumps(asdict(order)) + "\n")
+        self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
     def end(self) -> End:

@@ -24,10 +24,17 @@ AT_THE_GATE = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' A
 
 
 @contextmanager
-def beside(function: Callable[[], _T]) -> Iterator[Future[_T]]:
-    """Run something in a thread of its own; it has ended when the block ends."""
+def beside(function: Callable[[], _T], release: Callable[[], object] = lambda: None) -> Iterator[Future[_T]]:
+    """Run something in a thread of its own; it has ended when the block ends.
+
+    :param release: called when the block ends, for what the thread may still wait for: a test that fails must not
+        hang instead.
+    """
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(function)
+        try:
+            yield pool.submit(function)
+        finally:
+            release()
 
 
 @contextmanager

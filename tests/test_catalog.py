@@ -54,9 +54,9 @@ def test_a_view_is_described_as_it_stands_beside_what_is_recorded_of_it(each_db:
     assert (described.last_run.operation, described.last_run.status) == ("create", "success")
 
 
-def test_a_view_that_nobody_recorded_is_described_too(each_db: Database) -> None:
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a WITH NO DATA")
-    described = hook_on(each_db).describe("mv")
+def test_a_view_that_nobody_recorded_is_described_too(db: Database) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a WITH NO DATA")
+    described = hook_on(db).describe("mv")
     assert (described.populated, described.estimated_rows) == (False, None)
     assert (described.definition, described.last_run) == (None, None)
     assert (described.indexes, described.dependents, described.sources, described.attachments) == ((), (), (), ())
@@ -135,10 +135,10 @@ def test_a_circle_of_views_does_not_go_on_for_ever(db: Database) -> None:
     assert described.sources == ("public.v",)
 
 
-def test_definitions_are_listed_by_name_with_all_that_was_declared(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_definitions_are_listed_by_name_with_all_that_was_declared(db: Database) -> None:
+    hook = hook_on(db)
     assert hook.definitions() == []
-    each_db.execute("CREATE SCHEMA other", "CREATE MATERIALIZED VIEW other.found AS SELECT 3 AS c")
+    db.execute("CREATE SCHEMA other", "CREATE MATERIALIZED VIEW other.found AS SELECT 3 AS c")
     declared = MatViewDefinition(
         name="B", sql="SELECT 1 AS a -- mine", refresh_strategy="concurrent", unique_index_columns=["a"]
     )

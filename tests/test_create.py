@@ -267,15 +267,15 @@ def test_a_query_over_a_temporary_table_is_refused(db: Database) -> None:
     assert _relations(db) == []
 
 
-def test_a_function_that_makes_a_temporary_table_fails_and_leaves_nothing(each_db: Database) -> None:
-    each_db.execute(
+def test_a_function_that_makes_a_temporary_table_fails_and_leaves_nothing(db: Database) -> None:
+    db.execute(
         "CREATE FUNCTION sly() RETURNS integer LANGUAGE plpgsql AS "
         "$$BEGIN CREATE TEMP TABLE made AS SELECT 1 AS a; RETURN 1; END$$"
     )
-    hook = hook_on(each_db)
+    hook = hook_on(db)
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="security-restricted operation"):
         hook.create(MatViewDefinition(name="mv", sql="SELECT sly() AS a"))
-    assert _relations(each_db) == []
+    assert _relations(db) == []
     assert hook.runs("mv")[0].status == "failed"
 
 
@@ -550,8 +550,8 @@ def test_a_failing_create_leaves_nothing_but_a_failed_run(each_db: Database) -> 
         assert [step["step"] for step in response.response["steps"]][-1] == "fill"
 
 
-def test_every_response_has_the_same_shape_and_is_plain_data(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_every_response_has_the_same_shape_and_is_plain_data(db: Database) -> None:
+    hook = hook_on(db)
     definition = MatViewDefinition(name="mv", sql="SELECT 1 AS a", unique_index_columns=["a"], comment="Ours.")
     responses = [
         hook.create(definition),
@@ -627,7 +627,10 @@ def test_the_old_view_serves_until_the_new_one_takes_its_place(each_db: Database
     each_db.execute(GATE)
     hook.create(MatViewDefinition(name="mv", sql="SELECT 'old' AS a", unique_index_columns=["a"]))
     new = MatViewDefinition(name="mv", sql="SELECT 'new' AS a, gate() AS b", unique_index_columns=["a"])
-    with gate_closed(each_db) as open_gate, beside(lambda: hook.create(new, force=True, lock_timeout=60)) as replacing:
+    with (
+        gate_closed(each_db) as open_gate,
+        beside(lambda: hook.create(new, force=True, lock_timeout=60), open_gate) as replacing,
+    ):
         until(each_db, AT_THE_GATE)
         with each_db.connect(options="-c statement_timeout=5s") as reader:
             assert reader.execute("SELECT a FROM mv").fetchall() == [("old",)]
@@ -645,9 +648,10 @@ def test_a_replacement_that_waits_for_a_reader_neither_holds_up_others_nor_build
     hook.create(MatViewDefinition(name="mv", sql="SELECT 0::bigint AS a"))
     new = MatViewDefinition(name="mv", sql="SELECT nextval('ticks') AS a")
     waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'mv'::regclass AND NOT granted)"
-    with each_db.connect() as reader, reader.transaction():
+    with each_db.connect() as reader:
+        reader.execute("BEGIN")
         reader.execute("TABLE mv")
-        with beside(lambda: hook.create(new, force=True, lock_timeout=0.2)) as replacing:
+        with beside(lambda: hook.create(new, force=True, lock_timeout=0.2), reader.close) as replacing:
             for _ in range(3):
                 until(each_db, waiting)
                 with each_db.connect(options="-c statement_timeout=5s") as newcomer:
@@ -794,7 +798,7 @@ def test_what_is_attached_while_the_new_view_is_built_is_not_lost(each_db: Datab
         hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
         with (
             gate_closed(each_db) as open_gate,
-            beside(lambda: hook.create(new, force=True, lock_timeout=60)) as replacing,
+            beside(lambda: hook.create(new, force=True, lock_timeout=60), open_gate) as replacing,
         ):
             until(each_db, AT_THE_GATE)
             with each_db.connect() as connection:

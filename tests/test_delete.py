@@ -57,8 +57,8 @@ def _warnings(hook: MatViewHook) -> list[str]:
     return lines
 
 
-def test_dropping_what_does_not_stand_is_skipped_and_recorded(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_dropping_what_does_not_stand_is_skipped_and_recorded(db: Database) -> None:
+    hook = hook_on(db)
     for view in ("mv", '"No Such Schema".mv', _MV):
         response = hook.delete(view)
         assert (response.status, response.success) == ("skipped", True)
@@ -67,13 +67,13 @@ def test_dropping_what_does_not_stand_is_skipped_and_recorded(each_db: Database)
     assert [(run.operation, run.status) for run in hook.runs()] == [("drop", "skipped")] * 3
 
 
-def test_a_dropped_view_leaves_its_definition_and_its_history(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_a_dropped_view_leaves_its_definition_and_its_history(db: Database) -> None:
+    hook = hook_on(db)
     hook.create(_MV)
     (known,) = hook.definitions()
     response = hook.delete("mv")
     assert response.status == "deleted"
-    assert not _stands(each_db, "mv")
+    assert not _stands(db, "mv")
     assert response.response["sql"] == ['DROP MATERIALIZED VIEW "public"."mv" RESTRICT']
     assert response.response["dropped_with_it"] == []
     assert hook.definitions() == [known]
@@ -159,30 +159,30 @@ def test_a_cascade_drops_nothing_that_came_after_it_was_announced(already: list[
     assert not _stands(each_db, "late")
 
 
-def test_without_cascade_what_came_late_keeps_the_view(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_without_cascade_what_came_late_keeps_the_view(db: Database) -> None:
+    hook = hook_on(db)
     hook.create(_MV)
-    _before_the_drop(each_db, hook, "CREATE VIEW late AS TABLE mv")
+    _before_the_drop(db, hook, "CREATE VIEW late AS TABLE mv")
     with pytest.raises(psycopg.errors.DependentObjectsStillExist):
         hook.delete("mv")
-    assert _stands(each_db, "mv")
-    assert _stands(each_db, "late")
+    assert _stands(db, "mv")
+    assert _stands(db, "late")
 
 
-def test_a_view_of_somebody_else_goes_only_by_force(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE VIEW over AS TABLE mv")
+def test_a_view_of_somebody_else_goes_only_by_force(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE VIEW over AS TABLE mv")
     declared = MatViewDefinition(name="mv", sql="SELECT 1 AS a", managed=False)
     for view in ("mv", declared, "mv"):
         with pytest.raises(ViewNotManaged, match="no definition with managed=True") as raised:
             hook.delete(view, cascade=True)
         assert "force=True" in (raised.value.hint or "")
-        assert _stands(each_db, "mv")
+        assert _stands(db, "mv")
     # Force is about whose it is, not about what is built on it.
     with pytest.raises(DependentsExist):
         hook.delete("mv", force=True)
     assert hook.delete("mv", force=True, cascade=True).status == "deleted"
-    assert not _stands(each_db, "mv")
+    assert not _stands(db, "mv")
 
 
 def test_a_declared_view_may_be_dropped_by_its_name_alone(db: Database) -> None:

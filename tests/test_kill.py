@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Instruction, Note, Result, Session
 from tests.conftest import Database, hook_on
@@ -82,7 +83,7 @@ class Scene:
         return self.eye.execute("SELECT status, error_class FROM matviews.mat_view_run_history ORDER BY id").fetchall()
 
 
-@pytest.mark.parametrize("deed", (*BUILDS, *DROPS))
+@pytest.mark.parametrize("deed", [*BUILDS, *DROPS])
 def test_a_kill_at_any_statement_leaves_all_of_the_operation_or_nothing(
     db: Database, killing: Gallows, deed: Deed
 ) -> None:
@@ -179,7 +180,7 @@ class Stepping(Driver):
         return super()._perform(instruction)
 
 
-@pytest.mark.parametrize("deed", (*BUILDS, *DROPS))
+@pytest.mark.parametrize("deed", [*BUILDS, *DROPS])
 def test_at_no_statement_has_anybody_seen_success_without_the_data_or_the_data_without_success(
     db: Database, deed: Deed
 ) -> None:
@@ -291,41 +292,45 @@ class CuttingProxy:
 
 
 @contextmanager
-def cutting(database: Database, cut: Cut) -> Iterator[int]:
+def cutting(database: Database, cut: Cut) -> Iterator[MatViewHook]:
     proxy = CuttingProxy(database.server.port, cut)
     with beside(proxy.serve):
-        yield proxy.port
-        proxy.close()
+        try:
+            hook = hook_on(database)
+            hook.connection.port = proxy.port
+            yield hook
+        finally:
+            proxy.close()
 
 
 def test_a_commit_whose_answer_is_lost_is_a_success_and_said_to_be_one(
-    db: Database, caplog: pytest.LogCaptureFixture
+    db: Database, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scene = Scene(db)
     scene.set_up("refresh")
-    with cutting(db, "after the server has done it") as port:
-        response = hook_on(db, port=port).refresh("mv")
+    with cutting(db, "after the server has done it") as hook:
+        response = hook.refresh("mv")
     assert response.status == "updated"
     assert scene.served() == scene.value
     assert scene.runs() == [("success", None)]
     assert [run.id for run in scene.hook.runs()] == [response.run_id]
-    assert "The answer to COMMIT was lost, but the server did commit." in caplog.text
+    assert "The answer to COMMIT was lost, but the server did commit." in capsys.readouterr().out
 
 
 def test_a_commit_that_never_arrives_is_a_failure_and_said_to_be_one(db: Database) -> None:
     scene = Scene(db)
     scene.set_up("refresh")
     with (
-        cutting(db, "before the server has it") as port,
+        cutting(db, "before the server has it") as hook,
         pytest.raises(psycopg.OperationalError, match="server closed the connection") as raised,
     ):
-        hook_on(db, port=port).refresh("mv")
+        hook.refresh("mv")
     assert scene.served() == scene.value - 1
     assert scene.runs() == [("failed", "OperationalError")]
     assert raised.value.response.success is False  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("deed", (*BUILDS, *DROPS))
+@pytest.mark.parametrize("deed", [*BUILDS, *DROPS])
 def test_a_backend_that_is_terminated_before_commit_undoes_everything_and_the_record_says_why(
     db: Database, deed: Deed
 ) -> None:

@@ -91,9 +91,9 @@ def test_the_documents_retention_keeps_the_newest_500_successes_of_each_view_and
         assert connection.execute("SELECT count(*) AS n FROM mat_view_runs").fetchone() == {"n": len(expected)}
 
 
-def test_the_latest_run_and_the_last_20_are_those_of_the_view_newest_first(each_db: Database) -> None:
-    _, (view, other) = _define(each_db, "mv_user_activity", "mv_other")
-    with _tracking(each_db) as connection:
+def test_the_latest_run_and_the_last_20_are_those_of_the_view_newest_first(db: Database) -> None:
+    _, (view, other) = _define(db, "mv_user_activity", "mv_other")
+    with _tracking(db) as connection:
         _insert(connection, view, 2, 30)
         _insert(connection, view, 3, 1, "1 min")
         _insert(connection, other, 2, 30, "10 seconds")
@@ -107,9 +107,9 @@ def test_the_latest_run_and_the_last_20_are_those_of_the_view_newest_first(each_
         assert [run["meta"]["row_count_after"] for run in runs[1:]] == list(range(1, 20))
 
 
-def test_duration_statistics_are_of_each_views_successes(each_db: Database) -> None:
-    _, (view, other) = _define(each_db, "mv_user_activity", "mv_other")
-    with _tracking(each_db) as connection:
+def test_duration_statistics_are_of_each_views_successes(db: Database) -> None:
+    _, (view, other) = _define(db, "mv_user_activity", "mv_other")
+    with _tracking(db) as connection:
         for duration, status in ((95, 2), (93, 2), (181, 2), (100_000, 3), (0, 4)):
             connection.execute(
                 "INSERT INTO mat_view_runs (mat_view_definition_id, status, operation, finished_at, duration_ms, "
@@ -121,9 +121,9 @@ def test_duration_statistics_are_of_each_views_successes(each_db: Database) -> N
         assert list(row.values()) == ["mv_user_activity", 123, 93, 181, 3]
 
 
-def test_failures_are_counted_over_the_last_24_hours(each_db: Database) -> None:
-    _, (view, other) = _define(each_db, "mv_user_activity", "mv_other")
-    with _tracking(each_db) as connection:
+def test_failures_are_counted_over_the_last_24_hours(db: Database) -> None:
+    _, (view, other) = _define(db, "mv_user_activity", "mv_other")
+    with _tracking(db) as connection:
         _insert(connection, view, 3, 30, "1 hour")
         _insert(connection, view, 2, 30, "1 hour")
         _insert(connection, other, 3, 5, "25 hours")
@@ -151,13 +151,13 @@ def test_the_latest_row_counts_are_those_of_real_runs(each_db: Database) -> None
             assert rows == {ids["mv_user_activity"]: count, ids["mv_other"]: None}
 
 
-def test_a_failed_run_answers_what_the_document_asks_of_it(each_db: Database) -> None:
-    hook, _ = _define(each_db, "mv_user_activity")
-    each_db.execute("CREATE TABLE t (n int)", "INSERT INTO t VALUES (0)")
+def test_a_failed_run_answers_what_the_document_asks_of_it(db: Database) -> None:
+    hook, _ = _define(db, "mv_user_activity")
+    db.execute("CREATE TABLE t (n int)", "INSERT INTO t VALUES (0)")
     hook.delete("mv_user_activity")
     with pytest.raises(psycopg.errors.DivisionByZero):
         hook.create(MatViewDefinition(name="mv_user_activity", sql="SELECT 1 / n AS a FROM t"))
-    with _tracking(each_db) as connection:
+    with _tracking(db) as connection:
         (run,) = _run(connection, "latest_run.sql")
     assert run["status"] == 3
     assert run["error"]["class"] == "DivisionByZero"
@@ -174,7 +174,10 @@ def test_the_codes_are_the_documents_and_the_history_says_them_in_words(each_db:
     definition = MatViewDefinition(name="mv", sql="SELECT gate() AS a")
     last = "SELECT status, operation FROM matviews.mat_view_runs ORDER BY id DESC LIMIT 1"
     codes: list[tuple[int, int]] = []
-    with gate_closed(each_db) as open_gate, beside(lambda: hook.create(definition, lock_timeout=60)) as creating:
+    with (
+        gate_closed(each_db) as open_gate,
+        beside(lambda: hook.create(definition, lock_timeout=60), open_gate) as creating,
+    ):
         until(each_db, AT_THE_GATE)
         codes += each_db.rows(last)
         open_gate()

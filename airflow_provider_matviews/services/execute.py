@@ -127,7 +127,7 @@ class Driver:
             # Something other than the server ended the wait (a signal, a timeout): the statement still runs
             # there and would run on, and even commit, after a mere close() (measured).
             _cancel(connection)
-            if connection.pgconn.transaction_status is TransactionStatus.ACTIVE:
+            if connection.info.transaction_status is TransactionStatus.ACTIVE:
                 connection.close()
             raise
 
@@ -147,6 +147,6 @@ def _initial(work: Work[Any], result: Result) -> Any:
 
 
 def _cancel(connection: psycopg.Connection[Any]) -> None:
-    if not connection.closed and connection.pgconn.transaction_status is TransactionStatus.ACTIVE:
+    if not connection.closed and connection.info.transaction_status is TransactionStatus.ACTIVE:
         with suppress(psycopg.Error):
             connection.cancel_safe(timeout=CANCEL_TIMEOUT)

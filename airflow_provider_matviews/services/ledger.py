@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum
 from typing import Any
@@ -21,7 +21,7 @@ from psycopg.types.json import Jsonb
 from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.exceptions import RunLost
 from airflow_provider_matviews.services.catalog import ResolvedName
-from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one, raw
 from airflow_provider_matviews.services.migrations import LATEST, ensure_schema
 from airflow_provider_matviews.services.strategies.auto import PastRefresh
 
@@ -140,8 +140,9 @@ class Ledger:
     tracking_schema: str
     redact: Callable[[str], str] = str
 
-    def _table(self, name: str) -> sql.Identifier:
-        return sql.Identifier(self.tracking_schema, name)
+    def _table(self, name: str) -> sql.Composable:
+        # Every statement below has parameters, so that psycopg would take a % in the schema's name for a placeholder.
+        return raw(sql.Identifier(self.tracking_schema, name).as_string(None).replace("%", "%%"))
 
     def clean(self, value: Any) -> Any:
         """Return plain data without secrets, and without what jsonb cannot hold."""
@@ -188,7 +189,8 @@ class Ledger:
         """Return every definition, by name."""
         rows = yield from fetch_all(
             sql.SQL("SELECT * FROM {} ORDER BY name").format(self._table("mat_view_definitions")),
-            session=Session.RECORD,
+            (),
+            Session.RECORD,
         )
         return [_definition(row) for row in rows]
 
@@ -202,16 +204,16 @@ class Ledger:
         declaration = definition.to_dict()
         if known is not None and known.declaration == declaration:
             return known
-        return (
-            yield from self._write_definition(
-                view,
-                definition.sql,
-                RefreshStrategy(definition.refresh_strategy),
-                list(definition.unique_index_columns),
-                definition.managed,
-                declaration,
-            )
+        record = yield from self._write_definition(
+            view,
+            definition.sql,
+            RefreshStrategy(definition.refresh_strategy),
+            list(definition.unique_index_columns),
+            definition.managed,
+            declaration,
         )
+        assert record is not None
+        return record
 
     def adopt(self, view: ResolvedName, known: DefinitionRecord | None, query: str | None) -> Work[DefinitionRecord]:
         """Return the row of a view; make one, ``managed=false``, for a view that was never declared.
@@ -221,7 +223,11 @@ class Ledger:
         """
         if known is not None and (known.declaration or known.sql == query or query is None):
             return known
-        return (yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {}))
+        record = yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {})
+        if record is None:
+            record = yield from self.definition(view)
+        assert record is not None
+        return record
 
     def _write_definition(
         self,
@@ -231,7 +237,9 @@ class Ledger:
         unique_index_columns: list[str],
         managed: bool,
         declaration: dict[str, Any],
-    ) -> Work[DefinitionRecord]:
+    ) -> Work[DefinitionRecord | None]:
+        # Who stands back adopts without the view's lock: whoever holds it may have declared it by now, and nothing
+        # adopted overwrites what was declared. None then.
         row = yield from fetch_one(
             sql.SQL(
                 """
@@ -242,6 +250,7 @@ class Ledger:
                 SET sql = excluded.sql, refresh_strategy = excluded.refresh_strategy,
                     unique_index_columns = excluded.unique_index_columns, managed = excluded.managed,
                     declaration = excluded.declaration, updated_at = clock_timestamp()
+                WHERE d.declaration = '{{}}' OR excluded.declaration <> '{{}}'
                 RETURNING d.*
                 """
             ).format(self._table("mat_view_definitions")),
@@ -257,8 +266,7 @@ class Ledger:
             ),
             Session.RECORD,
         )
-        assert row is not None
-        return _definition(row)
+        return None if row is None else _definition(row)
 
     def start(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[tuple[int, list[int]]]:
         """Insert a run as ``running``, mark the view's orphans as failed (``RunLost``), and return their ids.
@@ -361,19 +369,21 @@ class Ledger:
 
     def runs(self, view: ResolvedName | None, limit: int) -> Work[list[Run]]:
         """Return the latest runs, newest first: of one view, or of all."""
-        where = (
-            sql.SQL("")
-            if view is None
-            else sql.SQL(
-                "WHERE mat_view_definition_id = (SELECT id FROM {} WHERE schema_name = {} AND view_name = {})"
-            ).format(self._table("mat_view_definitions"), sql.Literal(view.schema), sql.Literal(view.name))
-        )
+        where: sql.Composable = sql.SQL("")
+        parameters: dict[str, Any] = {"limit": limit}
+        if view is not None:
+            where = sql.SQL(
+                "WHERE mat_view_definition_id = "
+                "(SELECT id FROM {} WHERE schema_name = %(schema)s AND view_name = %(name)s)"
+            ).format(self._table("mat_view_definitions"))
+            parameters |= {"schema": view.schema, "name": view.name}
         rows = yield from fetch_all(
             sql.SQL(
                 "SELECT id, view, operation, status, started_at, finished_at, duration_ms, error, meta, created_at "
-                "FROM {} {} ORDER BY created_at DESC, id DESC LIMIT {}"
-            ).format(self._table("mat_view_run_history"), where, sql.Literal(limit)),
-            session=Session.RECORD,
+                "FROM {} {} ORDER BY created_at DESC, id DESC LIMIT %(limit)s"
+            ).format(self._table("mat_view_run_history"), where),
+            parameters,
+            Session.RECORD,
         )
         return [Run(**row) for row in rows]
 
@@ -412,6 +422,8 @@ class Ledger:
 
 
 def _definition(row: Mapping[str, Any]) -> DefinitionRecord:
-    values = {**row, "refresh_strategy": _STRATEGIES[row["refresh_strategy"]]}
+    # By name: a newer version of this package may have added columns.
+    values = {field.name: row[field.name] for field in fields(DefinitionRecord)}
+    values["refresh_strategy"] = _STRATEGIES[row["refresh_strategy"]]
     values["unique_index_columns"] = tuple(row["unique_index_columns"])
     return DefinitionRecord(**values)

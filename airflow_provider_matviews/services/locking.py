@@ -92,7 +92,7 @@ def take_view_lock(view: ResolvedName, if_locked: IfLocked, patience: Patience) 
 
 def lock_key(view: ResolvedName) -> sql.Composed:
     """Return the SQL expression of a view's advisory lock key (a bigint)."""
-    return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} {view.schema}.{view.name}"))
+    return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} {view.ddl}"))
 
 
 def politely(

@@ -137,7 +137,8 @@ def _version(tracking_schema: str) -> Work[int]:
 
 def _migrate(tracking_schema: str) -> Work[None]:
     schema = sql.Identifier(tracking_schema)
-    yield Command(sql.SQL("BEGIN"), Session.RECORD)
+    # Under a stricter isolation level whoever waited below would look at the catalogs as they were before.
+    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), Session.RECORD)
     try:
         # Everyone who comes first waits here for the one who came very first. Released by COMMIT.
         yield from fetch_one(

@@ -100,7 +100,7 @@ def record_run(
         if not taken:
             standing_back = _stand_back(operation, view, ledger, terms, report)
             return (yield from explained(ledger.tracking_schema, standing_back))
-        starting = _start(operation, view, subject, ledger, _meta(report, terms))
+        starting = _start(operation, view, subject, ledger, terms, _meta(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
         prepared = Prepared(view, server, record, report, terms.patience)
         return (yield from _carry_out(service, prepared, run_id, ledger, terms, begun))
@@ -126,22 +126,29 @@ def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple
 
 
 def _start(
-    operation: Operation, view: ResolvedName, subject: Subject, ledger: Ledger, meta: dict[str, Any]
+    operation: Operation,
+    view: ResolvedName,
+    subject: Subject,
+    ledger: Ledger,
+    terms: Terms,
+    meta: dict[str, Any],
 ) -> Work[tuple[DefinitionRecord, int]]:
-    record = yield from _record_of(view, subject, ledger)
+    record = yield from _record_of(view, subject, ledger, terms.patience)
     run_id, orphans = yield from ledger.start(record.id, operation, meta)
     for lost in orphans:
         yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
     return record, run_id
 
 
-def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger) -> Work[DefinitionRecord]:
+def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger, patience: Patience) -> Work[DefinitionRecord]:
     known = yield from ledger.definition(view)
     if subject.definition is not None:
         return (yield from ledger.declare(view, subject.definition, known))
     if known is not None and known.declaration:
         return known
-    return (yield from ledger.adopt(view, known, (yield from catalog.query_of(view))))
+    # Reading a view's query locks it for a moment, which somebody else's REFRESH may keep from us.
+    query = yield from politely(view, patience, lambda: catalog.query_of(view))
+    return (yield from ledger.adopt(view, known, query))
 
 
 def _stand_back(
@@ -233,26 +240,35 @@ def _story(response: ServiceResponse, seconds: float) -> str:
 def _record_failure(
     run_id: int, error: BaseException, ledger: Ledger, meta: dict[str, Any], begun: float
 ) -> Work[RunStatus | None]:
-    try:
-        # A transaction only for its lock_timeout: a server that has not noticed yet that the operation's
-        # connection is gone still holds the row.
-        yield Command(sql.SQL("BEGIN"), Session.RECORD)
-        yield Command(sql.SQL("SET LOCAL lock_timeout = {}").format(_RECORD_LOCK_TIMEOUT), Session.RECORD)
-        status = yield from ledger.fail(run_id, error, _milliseconds(begun), meta)
-        yield Command(sql.SQL("COMMIT"), Session.RECORD)
-        return status
-    except psycopg.Error as trouble:
-        yield Note(
-            f"The run {run_id} could not be marked as failed ({type(trouble).__name__}); it says `running` until "
-            "the next operation on the view finds it.",
-            warning=True,
-        )
-        return None
+    trouble: psycopg.Error | None = None
+    # Twice, because the first statement on a connection that was idle for long may find it gone, and because
+    # cancel() may come now.
+    for _ in range(2):
+        try:
+            # A transaction only for its lock_timeout: a server that has not noticed yet that the operation's
+            # connection is gone still holds the row.
+            yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), Session.RECORD)
+            yield Command(sql.SQL("SET LOCAL lock_timeout = {}").format(_RECORD_LOCK_TIMEOUT), Session.RECORD)
+            status = yield from ledger.fail(run_id, error, _milliseconds(begun), meta)
+            yield Command(sql.SQL("COMMIT"), Session.RECORD)
+            return status
+        except psycopg.Error as raised:
+            trouble = raised
+            if isinstance(raised, psycopg.errors.LockNotAvailable):
+                break
+            if raised.sqlstate:  # It came from the server, whose transaction stands.
+                yield from _roll_back(Session.RECORD)
+    yield Note(
+        f"The run {run_id} could not be marked as failed ({type(trouble).__name__}); it says `running` until "
+        "the next operation on the view finds it.",
+        warning=True,
+    )
+    return None
 
 
-def _roll_back() -> Work[None]:
+def _roll_back(session: Session = Session.WORK) -> Work[None]:
     try:
-        yield Command(sql.SQL("ROLLBACK"))
+        yield Command(sql.SQL("ROLLBACK"), session)
     except psycopg.Error as error:
         # A connection that is gone has been rolled back by the server.
         yield Note(f"The connection is gone ({type(error).__name__}); the server rolls back by itself.", True)

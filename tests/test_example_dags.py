@@ -1,0 +1,79 @@
+"""The example DAGs, as they are shipped, over the demo's data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from airflow.dag_processing.dagbag import DagBag
+from airflow.sdk import DAG
+
+from demo.postgres_server import PostgresServer
+from demo.warehouse import DATA
+from tests.airflow_dags import run_dag, set_connection
+from tests.conftest import NEWEST, Database, hook_on
+from tests.conftest import _database as fresh_database
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "example_dags"
+
+
+def _dags() -> dict[str, DAG]:
+    bag = DagBag(dag_folder=EXAMPLES)
+    assert bag.import_errors == {}
+    return bag.dags
+
+
+@pytest.fixture(scope="module")
+def warehouse(servers: dict[int, PostgresServer]) -> Iterator[Database]:
+    """The demo's database in its full size."""
+    for database in fresh_database(servers, NEWEST):
+        with database.connect() as connection:
+            connection.execute(DATA.read_bytes())
+        # Made by the data; roles belong to the whole server.
+        database.roles.append("reporting")
+        yield database
+
+
+def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AIRFLOW_CONN_")]:
+        monkeypatch.delenv(name)
+    dags = _dags()
+    assert sorted(dags) == ["matviews_create", "matviews_delete", "matviews_refresh"]
+    assert {Path(dag.fileloc).name for dag in dags.values()} == {path.name for path in EXAMPLES.glob("*.py")}
+    assert all(dag.doc_md for dag in dags.values())
+
+
+def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_connection(monkeypatch, warehouse, conn_id="warehouse")
+    dags = _dags()
+    views = [f"analytics.{path.stem}" for path in sorted((EXAMPLES / "views").glob("*.sql"))]
+    assert len(views) == 4
+
+    created = run_dag(dags["matviews_create"])
+    assert created.state == "success"
+    assert set(created.states.values()) == {"success"}
+    rows = {view: hook_on(warehouse).last_run(view).row_count_after for view in views}  # type: ignore[union-attr]
+    assert all(rows.values()), rows
+    assert warehouse.value("SELECT has_table_privilege('reporting', 'analytics.account_retention', 'SELECT')")
+
+    warehouse.execute("DELETE FROM app.events WHERE occurred_at >= '2024-12-31 00:00+00'")
+    refreshed = run_dag(dags["matviews_refresh"])
+    assert refreshed.state == "success"
+    assert set(refreshed.states.values()) == {"success"}
+    runs = {run.view: run for run in hook_on(warehouse).runs(limit=4)}
+    assert {view: (run.operation, run.meta["strategy"]) for view, run in runs.items()} == {
+        "analytics.account_retention": ("refresh", "concurrent"),
+        "analytics.account_weeks": ("refresh", "concurrent"),
+        "analytics.daily_events": ("refresh", "regular"),
+        "analytics.user_ranking": ("refresh", "concurrent"),
+    }
+    assert runs["analytics.daily_events"].row_count_before == rows["analytics.daily_events"]
+    assert (runs["analytics.daily_events"].row_count_after or 0) < (rows["analytics.daily_events"] or 0)
+
+    deleted = run_dag(dags["matviews_delete"])
+    assert deleted.state == "success"
+    assert set(deleted.states.values()) == {"success"}
+    assert warehouse.rows("SELECT matviewname FROM pg_matviews") == []
+    assert warehouse.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 12
