@@ -74,7 +74,7 @@ def _service(deed: Deed, prepared: Prepared) -> Work[ServiceResponse]:
     match deed:
         case "refresh" | "refresh concurrently":
             strategy = RefreshStrategy.REGULAR if deed == "refresh" else RefreshStrategy.CONCURRENT
-            return refresh_view(view, server, report, strategy=strategy)
+            return refresh_view(view, server, report, strategy=strategy, analyze=False)
         case "create" | "replace":
             return create_view(
                 view,

@@ -26,8 +26,8 @@ def past(
 
 
 def situation(**facts: object) -> Situation:
-    large = {"populated": True, "indexes": [USABLE], "swap_obstacles": [], "size_bytes": 100 * SMALL}
-    return Situation(**{**large, "history": [], "max_bloat": 1.5, **facts})  # type: ignore[arg-type]
+    large = {"populated": True, "indexes": [USABLE], "swap_obstacles": [], "heap_bytes": 100 * SMALL}
+    return Situation(**{**large, "rows": 1000, "history": [], "max_bloat": 1.5, **facts})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,15 @@ def situation(**facts: object) -> Situation:
         ({"indexes": [], "swap_obstacles": ["x stands on it"]}, REGULAR, "x stands on it"),
         ({"swap_obstacles": ["x stands on it"]}, CONCURRENT, "x stands on it"),
         ({"indexes": [PARTIAL]}, SWAP, "no unique index"),
-        ({"size_bytes": SMALL}, CONCURRENT, "small"),
+        ({"heap_bytes": SMALL}, CONCURRENT, "small"),
         ({}, SWAP, "not known yet"),
         ({"history": [past(CONCURRENT, changed=0.01), past(CONCURRENT, changed=0.02)]}, CONCURRENT, "1.5%"),
         ({"history": [past(CONCURRENT, changed=0.5)]}, SWAP, "50%"),
         ({"history": [past(CONCURRENT, 9000, changed=0.01), past(SWAP, 1000)]}, SWAP, "9 times as long"),
-        ({"history": [past(CONCURRENT, changed=0.01), past(SWAP, size=60 * SMALL)]}, SWAP, "1.7 times its size"),
+        ({"history": [past(CONCURRENT, changed=0.01), past(SWAP, size=60 * SMALL)]}, SWAP, "takes 1.7 times"),
         ({"history": [past(CONCURRENT, changed=0.01), past(SWAP, size=90 * SMALL)]}, CONCURRENT, "1.0%"),
+        # It has grown because there are more rows: no bloat.
+        ({"rows": 2000, "history": [past(CONCURRENT, changed=0.01), past(SWAP, size=60 * SMALL)]}, CONCURRENT, "1.0%"),
     ],
 )
 def test_the_choice_follows_from_the_facts_and_says_them(
@@ -59,6 +61,7 @@ def test_the_choice_follows_from_the_facts_and_says_them(
     indexes=st.lists(st.sampled_from([USABLE, PARTIAL])),
     obstacles=st.lists(st.just("an obstacle")),
     size=st.integers(0, 10**12),
+    rows=st.none() | st.integers(0, 10**9),
     history=st.lists(
         st.builds(
             PastRefresh,
@@ -73,9 +76,14 @@ def test_the_choice_follows_from_the_facts_and_says_them(
     ),
 )
 def test_readers_are_blocked_only_where_nothing_else_is_possible(
-    populated: bool, indexes: list[IndexFacts], obstacles: list[str], size: int, history: list[PastRefresh]
+    populated: bool,
+    indexes: list[IndexFacts],
+    obstacles: list[str],
+    size: int,
+    rows: int | None,
+    history: list[PastRefresh],
 ) -> None:
-    chosen, reason = choose(Situation(populated, indexes, obstacles, size, history, 1.5))
+    chosen, reason = choose(Situation(populated, indexes, obstacles, size, rows, history, 1.5))
     possible = {SWAP} if not obstacles else set()
     if USABLE in indexes:
         possible.add(CONCURRENT)
@@ -105,7 +113,7 @@ def test_auto_learns_from_the_record_of_the_view(db: Database) -> None:
         grown = hook.refresh("mv", refresh_strategy="concurrent").response
     assert grown["size_bytes"] > 2 * first["size_bytes"]
     rebuilt = hook.refresh("mv").response
-    assert (rebuilt["strategy"], "times its size" in rebuilt["reason"]) == ("swap", True)
+    assert (rebuilt["strategy"], "times the room" in rebuilt["reason"]) == ("swap", True)
     assert rebuilt["size_bytes"] < 1.2 * first["size_bytes"]
     run = hook.last_run("mv")
     assert run is not None

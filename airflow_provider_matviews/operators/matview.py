@@ -10,11 +10,10 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, Ass
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from airflow_provider_matviews.services.response import ServiceResponse
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
-
-    from airflow_provider_matviews.services.response import ServiceResponse
 
 
 class _MatViewOperator(BaseOperator):
@@ -60,6 +59,8 @@ class _MatViewOperator(BaseOperator):
             response = self._perform(hook)
         except Exception as error:
             self.log.error("%s", error)
+            if isinstance(response := getattr(error, "response", None), ServiceResponse):
+                self._log_statements(response)
             raise
         finally:
             self._hook = None
@@ -100,7 +101,8 @@ class _MatViewOperator(BaseOperator):
         facts = response.response
         if not facts["sql"]:
             return
-        self.log.info("::group::The %s statements, with their times", len(facts["sql"]))
+        count = len(facts["sql"])
+        self.log.info("::group::The %s statement%s, with the time of each", count, "" if count == 1 else "s")
         for statement, step in zip(facts["sql"], facts["steps"], strict=True):
             self.log.info("%9.1f ms  %s", step["ms"], statement)
         self.log.info("::endgroup::")
@@ -194,7 +196,7 @@ class RefreshMatViewOperator(_MatViewOperator):
     :param definition: its definition instead of its name.
     :param refresh_strategy: ``auto``, ``swap``, ``concurrent`` or ``regular``; None for what was declared. (templated)
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
-    :param max_bloat: ``auto`` rebuilds a view grown to so many times its size after the last rebuild.
+    :param max_bloat: ``auto`` rebuilds a view whose rows take so many times the room they took after the last rebuild.
     :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
     :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
     :param session_settings: PostgreSQL settings for this operation, before those of the definition.

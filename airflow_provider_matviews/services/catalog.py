@@ -282,9 +282,9 @@ def query_of(view: ResolvedName) -> Work[str | None]:
     return None if row is None else str(row["query"])
 
 
-def size_of(oid: int) -> Work[int]:
-    """Return the bytes that a relation takes with its indexes and TOAST."""
-    row = yield from fetch_one(sql.SQL("SELECT pg_total_relation_size({}::oid) AS size").format(sql.Literal(oid)))
+def heap_size_of(oid: int) -> Work[int]:
+    """Return the bytes that a relation takes with TOAST, without its indexes."""
+    row = yield from fetch_one(sql.SQL("SELECT pg_table_size({}::oid) AS size").format(sql.Literal(oid)))
     assert row is not None
     return int(row["size"] or 0)
 

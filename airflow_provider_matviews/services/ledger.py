@@ -396,7 +396,7 @@ class Ledger:
                        (meta->>'row_count_after')::bigint AS rows,
                        (meta->'response'->>'rows_inserted')::bigint AS rows_inserted,
                        (meta->'response'->>'rows_deleted')::bigint AS rows_deleted,
-                       (meta->'response'->>'size_bytes')::bigint AS size_bytes
+                       (meta->'response'->>'heap_bytes')::bigint AS heap_bytes
                 FROM {} WHERE mat_view_definition_id = %s AND status = %s AND operation = %s
                 ORDER BY created_at DESC, id DESC LIMIT %s
                 """

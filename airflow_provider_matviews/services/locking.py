@@ -52,6 +52,9 @@ class Patience:
         return f"{round(self.lock_timeout * 1000)}ms"
 
 
+DEFAULT_PATIENCE = Patience()
+
+
 def _pauses() -> Callable[[], float]:
     pause = _FIRST_PAUSE
 

@@ -11,7 +11,7 @@ from airflow_provider_matviews.exceptions import MissingPrivilege
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Note, Work
-from airflow_provider_matviews.services.locking import Patience
+from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, Patience
 from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 from airflow_provider_matviews.services.strategies import STRATEGIES, auto, swap
@@ -26,8 +26,8 @@ def refresh_view(
     strategy: RefreshStrategy = RefreshStrategy.AUTO,
     row_counts: RowCountStrategy = RowCountStrategy.ESTIMATED,
     unique_index_columns: tuple[str, ...] = (),
-    patience: Patience,
-    history: Callable[[], Work[Sequence[auto.PastRefresh]]],
+    patience: Patience = DEFAULT_PATIENCE,
+    history: Callable[[], Work[Sequence[auto.PastRefresh]]] | None = None,
     max_bloat: float = 1.5,
     analyze: bool | None = None,
     vacuum: bool = False,
@@ -39,7 +39,7 @@ def refresh_view(
     :param unique_index_columns: what the definition declares, for the DDL in a refusal.
     :param patience: how long the short cut of a swap waits for its locks.
     :param history: returns its latest successful refreshes, newest first; asked by ``auto`` only.
-    :param max_bloat: ``auto`` rebuilds a view that has grown to so many times its size after the last rebuild.
+    :param max_bloat: ``auto`` rebuilds a view whose rows take so many times the room they took after the last rebuild.
     :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy: ``swap`` does
         it before the cut, ``regular`` after COMMIT, ``concurrent`` leaves it to autovacuum.
     :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
@@ -58,12 +58,15 @@ def refresh_view(
         indexes = yield from catalog.indexes_of(facts.oid)
     reason = "asked for"
     if strategy is RefreshStrategy.AUTO:
+        past = (yield from history()) if history else []
         situation = auto.Situation(
             populated=facts.populated,
             indexes=indexes,
             swap_obstacles=(yield from swap.obstacles(facts, server)),
-            size_bytes=(yield from catalog.size_of(facts.oid)),
-            history=(yield from history()),
+            heap_bytes=(yield from catalog.heap_size_of(facts.oid)),
+            # The planner's estimate lags behind; the last run has counted.
+            rows=past[0].rows if past and past[0].rows is not None else facts.estimated_rows,
+            history=past,
             max_bloat=max_bloat,
         )
         strategy, reason = auto.choose(situation)

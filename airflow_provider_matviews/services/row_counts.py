@@ -19,6 +19,7 @@ class Outcome:
     :ivar deleted: rows taken away; None likewise.
     :ivar estimated: the planner's estimate of the rows there are; None where it has none.
     :ivar size_bytes: the view with its indexes and TOAST.
+    :ivar heap_bytes: the same without its indexes.
     :ivar wal_position: how far the whole server has written WAL, in bytes.
     """
 
@@ -26,6 +27,7 @@ class Outcome:
     deleted: int | None
     estimated: int | None
     size_bytes: int
+    heap_bytes: int
     wal_position: int
 
 
@@ -47,7 +49,7 @@ def outcome(facts: ViewFacts, server: ServerFacts) -> Work[Outcome]:
         sql.SQL(
             "SELECT pg_stat_get_xact_tuples_inserted(oid) AS inserted, "
             "pg_stat_get_xact_tuples_deleted(oid) AS deleted, nullif(reltuples, -1)::bigint AS estimated, "
-            "pg_total_relation_size(oid) AS size_bytes, "
+            "pg_total_relation_size(oid) AS size_bytes, pg_table_size(oid) AS heap_bytes, "
             "(pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_position "
             "FROM pg_catalog.pg_class WHERE oid = {}::oid"
         ).format(sql.Literal(facts.oid))

@@ -223,15 +223,17 @@ def _follow_up(prepared: Prepared) -> Work[None]:
             yield Note(f"Then {step}: {time.monotonic() - begun:.2f} s.")
 
 
-_DONE = {"created": "Created", "updated": "Updated", "deleted": "Dropped", "skipped": "Left as it is:"}
+_DONE = {"created": "Created", "updated": "Updated", "deleted": "Dropped"}
 
 
 def _story(response: ServiceResponse, seconds: float) -> str:
     facts = response.response
-    told = f"{_DONE[response.status or 'skipped']} {facts['view']} in {seconds:.2f} s"
+    if response.status == "skipped":
+        return f"Done in {seconds:.2f} s, with nothing to do."
+    told = f"{_DONE[response.status or 'updated']} {facts['view']} in {seconds:.2f} s"
     before, after = facts["row_count_before"], facts["row_count_after"]
     if after is not None:
-        told += f": {after:,} rows" + ("" if before is None else f" (before: {before:,})")
+        told += f": {after:,} row{'' if after == 1 else 's'}" + ("" if before is None else f" (before: {before:,})")
     if "rows_inserted" in facts:
         told += f"; {facts['rows_inserted']:,} inserted, {facts['rows_deleted']:,} deleted"
     return f"{told}."

@@ -23,7 +23,7 @@ MUCH_SLOWER = 5.0
 class PastRefresh:
     """What is recorded of a refresh that succeeded.
 
-    :ivar size_bytes: the view with its indexes, after it.
+    :ivar heap_bytes: the view without its indexes, after it.
     """
 
     strategy: str
@@ -31,7 +31,7 @@ class PastRefresh:
     rows: int | None
     rows_inserted: int | None
     rows_deleted: int | None
-    size_bytes: int | None
+    heap_bytes: int | None
 
     @property
     def changed_share(self) -> float | None:
@@ -47,6 +47,8 @@ class Situation:
     """The facts that decide.
 
     :ivar swap_obstacles: why the view cannot be swapped; empty when it can.
+    :ivar heap_bytes: its size without indexes, which come and go for other reasons.
+    :ivar rows: about how many rows it has; None where unknown.
     :ivar history: its latest successful refreshes, newest first.
     :ivar max_bloat: from which size, relative to that after the last rebuild, it is rebuilt.
     """
@@ -54,16 +56,17 @@ class Situation:
     populated: bool
     indexes: Sequence[IndexFacts]
     swap_obstacles: Sequence[str]
-    size_bytes: int
+    heap_bytes: int
+    rows: int | None
     history: Sequence[PastRefresh]
     max_bloat: float
 
     @property
     def bloat(self) -> float | None:
-        """Its size relative to the size after its last rebuild, row for row; None before one is recorded."""
+        """Its size a row, relative to that after its last rebuild; None before one is recorded."""
         for past in self.history:
-            if past.strategy in ("swap", "regular") and past.size_bytes:
-                return self.size_bytes / past.size_bytes
+            if past.strategy in ("swap", "regular") and past.heap_bytes and past.rows and self.rows:
+                return (self.heap_bytes / self.rows) / (past.heap_bytes / past.rows)
         return None
 
     def median_ms(self, strategy: RefreshStrategy) -> float | None:
@@ -99,11 +102,11 @@ def choose(situation: Situation) -> tuple[RefreshStrategy, str]:
 
 def _between(situation: Situation) -> tuple[RefreshStrategy, str]:
     """Choose where both of the ways that let readers go on are possible."""
+    if situation.heap_bytes <= SMALL:
+        return RefreshStrategy.CONCURRENT, "it is small, and that leaves everything about it alone"
     bloat = situation.bloat
     if bloat is not None and bloat >= situation.max_bloat:
-        return RefreshStrategy.SWAP, f"it has grown to {bloat:.1f} times its size after the last rebuild"
-    if situation.size_bytes <= SMALL:
-        return RefreshStrategy.CONCURRENT, "it is small, and that leaves everything about it alone"
+        return RefreshStrategy.SWAP, f"a row of it takes {bloat:.1f} times the room it took after the last rebuild"
     swap_ms, concurrent_ms = (situation.median_ms(each) for each in (RefreshStrategy.SWAP, RefreshStrategy.CONCURRENT))
     if swap_ms and concurrent_ms and concurrent_ms > MUCH_SLOWER * swap_ms:
         return (

@@ -33,6 +33,7 @@ class Refreshing:
         """
         self.report.told(
             size_bytes=outcome.size_bytes,
+            heap_bytes=outcome.heap_bytes,
             dead_rows=0 if rebuilt else self.facts.dead_rows + (outcome.deleted or 0),
             server_wal_bytes=outcome.wal_position - self.facts.wal_position,
         )
