@@ -204,7 +204,7 @@ class MatViewHook(PostgresHook):
         :param view_or_definition: the view's name or its definition.
         :param refresh_strategy: None for the one that was declared, which is ``auto`` where nothing was.
         :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
-        :param max_bloat: ``auto`` rebuilds a view whose rows take so many times the room they took after the last rebuild.
+        :param max_bloat: ``auto`` rebuilds when a row takes so many times the room it took after the last rebuild.
         :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
         :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
         :param session_settings: PostgreSQL settings for this operation, before those of the definition.

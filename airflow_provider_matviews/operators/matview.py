@@ -59,8 +59,9 @@ class _MatViewOperator(BaseOperator):
             response = self._perform(hook)
         except Exception as error:
             self.log.error("%s", error)
-            if isinstance(response := getattr(error, "response", None), ServiceResponse):
-                self._log_statements(response)
+            so_far = getattr(error, "response", None)
+            if isinstance(so_far, ServiceResponse):
+                self._log_statements(so_far)
             raise
         finally:
             self._hook = None
@@ -196,7 +197,7 @@ class RefreshMatViewOperator(_MatViewOperator):
     :param definition: its definition instead of its name.
     :param refresh_strategy: ``auto``, ``swap``, ``concurrent`` or ``regular``; None for what was declared. (templated)
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
-    :param max_bloat: ``auto`` rebuilds a view whose rows take so many times the room they took after the last rebuild.
+    :param max_bloat: ``auto`` rebuilds when a row takes so many times the room it took after the last rebuild.
     :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
     :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
     :param session_settings: PostgreSQL settings for this operation, before those of the definition.

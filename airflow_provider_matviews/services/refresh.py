@@ -39,7 +39,7 @@ def refresh_view(
     :param unique_index_columns: what the definition declares, for the DDL in a refusal.
     :param patience: how long the short cut of a swap waits for its locks.
     :param history: returns its latest successful refreshes, newest first; asked by ``auto`` only.
-    :param max_bloat: ``auto`` rebuilds a view whose rows take so many times the room they took after the last rebuild.
+    :param max_bloat: ``auto`` rebuilds when a row takes so many times the room it took after the last rebuild.
     :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy: ``swap`` does
         it before the cut, ``regular`` after COMMIT, ``concurrent`` leaves it to autovacuum.
     :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
