@@ -45,7 +45,7 @@ def gate_closed(database: Database) -> Iterator[Callable[[], None]]:
         yield connection.close
 
 
-def until(database: Database, condition: LiteralString | sql.Composable, seconds: float = 20) -> None:
+def until(database: Database, condition: LiteralString | sql.Composed, seconds: float = 20) -> None:
     """Wait until a query answers true."""
     deadline = time.monotonic() + seconds
     with database.connect() as connection:

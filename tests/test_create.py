@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -348,11 +350,12 @@ def test_what_stands_under_the_name_and_is_no_materialized_view_is_left_alone(db
         with db.connect() as connection:
             connection.execute(f"CREATE SCHEMA other; {ddl}".encode())
         before = _relations(db)
-        for operation in (
-            lambda: hook.create(definition, force=True),
-            lambda: hook.refresh("other.mv"),
-            lambda: hook.delete("other.mv", force=True, cascade=True),
-        ):
+        operations: list[Callable[[], object]] = [
+            partial(hook.create, definition, force=True),
+            partial(hook.refresh, "other.mv"),
+            partial(hook.delete, "other.mv", force=True, cascade=True),
+        ]
+        for operation in operations:
             with pytest.raises(NotAMaterializedView, match=f"other.mv is {kind}, not a materialized view"):
                 operation()
         assert _relations(db) == before, kind

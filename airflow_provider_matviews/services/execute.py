@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import threading
 from collections.abc import Callable
 from contextlib import suppress
+from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -47,7 +47,9 @@ class Driver:
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
         self._connections: dict[Session, psycopg.Connection[Any]] = {}
-        self._cancelled = threading.Event()
+        self._cancelled = False
+        # Not a threading.Event: its lock could be held by the very thread that a signal handler interrupts.
+        self._wake: SimpleQueue[None] = SimpleQueue()
         self._cancellation_told = False
 
     def __enter__(self) -> Self:
@@ -69,7 +71,8 @@ class Driver:
 
         The service then fails with ``psycopg.errors.QueryCanceled``, rolls back and records it.
         """
-        self._cancelled.set()
+        self._cancelled = True
+        self._wake.put(None)
         if connection := self._connections.get(Session.WORK):
             _cancel(connection)
 
@@ -93,8 +96,9 @@ class Driver:
                 error = raised
 
     def _perform(self, instruction: Instruction) -> Result:
-        if self._cancelled.is_set() and not self._cancellation_told:
-            # cancel() came while nothing ran on the server. Told once: the clean-up has to get through.
+        if self._cancelled and not self._cancellation_told and not isinstance(instruction, Note):
+            # cancel() came while nothing ran on the server. Told once: the clean-up has to get through. Not at a
+            # note: after COMMIT there are only notes, and it is too late.
             self._cancellation_told = True
             raise psycopg.errors.QueryCanceled("cancelled between two statements")
         match instruction:
@@ -103,10 +107,13 @@ class Driver:
             case Command(statement, session):
                 return self._execute(session, statement, None)
             case Pause(seconds):
-                # An event, not time.sleep(): cancel() ends the pause, and with it the wait.
-                if self._cancelled.wait(seconds):
-                    self._cancellation_told = True
-                    raise psycopg.errors.QueryCanceled("cancelled while waiting")
+                # Not time.sleep(): cancel() ends the pause, and with it the wait.
+                try:
+                    self._wake.get(timeout=seconds)
+                except Empty:
+                    return Result()
+                self._cancellation_told = True
+                raise psycopg.errors.QueryCanceled("cancelled while waiting")
             case Note(message, warning):
                 (self._log.warning if warning else self._log.info)("%s", message)
         return Result()
