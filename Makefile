@@ -42,11 +42,11 @@ demo: $(STAMP)
 	@$(BIN)/python -B -m demo $(if $(filter-out 0,$(ONCE)),--once)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 	@$(MAKE) --no-print-directory lint
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not e2e'
+	$(BIN)/python -m pytest -n 2 -m 'not e2e'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

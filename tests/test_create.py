@@ -236,7 +236,7 @@ def test_whatever_the_text_a_view_comes_of_it_or_nothing(db: Database) -> None:
     before = _relations(db)
 
     @given(st.lists(_FRAGMENTS, min_size=1, max_size=6).map(" ".join))
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     def harmless(text: str) -> None:
         assume(text.strip())
         try:

@@ -38,6 +38,8 @@ from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 
 HISTORY: LiteralString = "SELECT status, error_class FROM matviews.mat_view_run_history ORDER BY id"
 NOT_AT_THE_GATE: LiteralString = f"SELECT NOT ({AT_THE_GATE.removeprefix('SELECT ')})"
+#: The gate is a lock: by itself the server ends the wait for it no sooner than the tests look.
+PATIENT: dict[str, Any] = {"lock_timeout": 60, "max_wait": 60}
 DEEDS: list[Deed] = ["create", "replace", "refresh", "refresh concurrently", "delete", "delete cascade"]
 
 
@@ -73,7 +75,7 @@ def _require_stopped(db: Database) -> None:
 
 def test_cancel_from_another_thread_stops_the_refresh_on_the_server(gated: Database) -> None:
     hook = hook_on(gated)
-    with beside(lambda: hook.refresh("mv")) as running:
+    with beside(lambda: hook.refresh("mv", **PATIENT)) as running:
         until(gated, AT_THE_GATE)
         hook.cancel()
         assert isinstance(running.exception(), psycopg.errors.QueryCanceled)
@@ -119,11 +121,11 @@ def test_cancel_ends_the_wait_for_another_operation(db: Database) -> None:
 
 def test_cancel_ends_a_pause(db: Database) -> None:
     def pausing() -> Work[None]:
-        yield Pause(600)
+        yield Pause(8)
 
     with Driver(db.connect) as driver, beside(lambda: driver.run(pausing())) as running:
         driver.cancel()
-        assert isinstance(running.exception(30), psycopg.errors.QueryCanceled)
+        assert isinstance(running.exception(5), psycopg.errors.QueryCanceled)
 
 
 def test_cancel_may_come_at_any_moment_of_a_pause(db: Database) -> None:
@@ -282,7 +284,7 @@ def raising(number: signal.Signals) -> Iterator[None]:
 
 def test_an_interruption_that_is_no_exception_stops_the_refresh_on_the_server(gated: Database) -> None:
     with raising(signal.SIGALRM), signalled(gated, signal.SIGALRM), pytest.raises(Interrupted):
-        hook_on(gated).refresh("mv")
+        hook_on(gated).refresh("mv", **PATIENT)
     _require_stopped(gated)
     run = hook_on(gated).last_run("mv")
     assert run is not None
@@ -292,7 +294,7 @@ def test_an_interruption_that_is_no_exception_stops_the_refresh_on_the_server(ga
 
 def test_ctrl_c_stops_the_refresh_on_the_server(gated: Database) -> None:
     with signalled(gated, signal.SIGINT), pytest.raises(KeyboardInterrupt):
-        hook_on(gated).refresh("mv")
+        hook_on(gated).refresh("mv", **PATIENT)
     _require_stopped(gated)
     assert gated.rows(HISTORY) == [("failed", "KeyboardInterrupt")]
 
@@ -305,7 +307,7 @@ def test_an_interruption_of_the_create_of_a_view_leaves_nothing(db: Database) ->
         signalled(db, signal.SIGALRM),
         pytest.raises(Interrupted),
     ):
-        hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT gate()"))
+        hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT gate()"), **PATIENT)
     until(db, NOT_AT_THE_GATE, seconds=1)
     assert db.rows("SELECT 1 FROM pg_class WHERE relname LIKE 'mv%'") == []
     assert db.rows(HISTORY) == [("failed", "Interrupted")]
@@ -314,7 +316,7 @@ def test_an_interruption_of_the_create_of_a_view_leaves_nothing(db: Database) ->
 def test_a_statement_timeout_of_the_connection_is_an_ordinary_failure(gated: Database) -> None:
     hook = hook_on(gated, extra='{"options": "-c statement_timeout=200ms"}')
     with pytest.raises(psycopg.errors.QueryCanceled, match="statement timeout"):
-        hook.refresh("mv")
+        hook.refresh("mv", **PATIENT)
     _require_stopped(gated)
     assert gated.rows(HISTORY) == [("failed", "QueryCanceled")]
 

@@ -59,6 +59,10 @@ def test_a_failed_operation_leaves_everything_there_is_to_know(broken: Database)
     assert meta["request"] == {
         "view": "mv",
         "refresh_strategy": "regular",
+        "analyze": None,
+        "vacuum": False,
+        "max_bloat": 1.5,
+        "session_settings": {},
         "row_count_strategy": "exact",
         "if_locked": "wait",
     }
@@ -140,7 +144,7 @@ def test_the_history_says_in_words_what_the_table_says_in_codes(db: Database) ->
     ) == [
         ('"Odd Name"', "create", "success", None, 1, None, *CONTEXT.values()),
         ('"Odd Name"', "create", "skipped", None, None, None, *CONTEXT.values()),
-        ('"Odd Name"', "refresh", "success", "regular", 1, None, *CONTEXT.values()),
+        ('"Odd Name"', "refresh", "success", "swap", 1, None, *CONTEXT.values()),
         ('"Odd Name"', "refresh", "failed", "concurrent", None, "ConcurrentRefreshRefused", *CONTEXT.values()),
         ('"Odd Name"', "drop", "success", None, None, None, *CONTEXT.values()),
         ('"Odd Name"', "refresh", "running", None, None, None, *[None] * 5),

@@ -38,7 +38,7 @@ OVERLAPS: LiteralString = """
 
 
 @contextmanager
-def refreshing(db: Database, **arguments: Any) -> Iterator[tuple[Future[ServiceResponse], Callable[[], None]]]:
+def refreshing(db: Database) -> Iterator[tuple[Future[ServiceResponse], Callable[[], None]]]:
     """Yield a refresh of ``mv`` that is under way, and what lets it go on."""
     db.execute(
         "CREATE TABLE source AS SELECT 1 AS id",
@@ -47,7 +47,8 @@ def refreshing(db: Database, **arguments: Any) -> Iterator[tuple[Future[ServiceR
     )
     with (
         gate_closed(db) as let_go_on,
-        beside(lambda: hook_on(db, **arguments).refresh("mv"), let_go_on) as running,
+        # The gate is a lock, and not one that is to be stepped back from.
+        beside(lambda: hook_on(db).refresh("mv", lock_timeout=60), let_go_on) as running,
     ):
         until(db, AT_THE_GATE)
         yield running, let_go_on
@@ -127,7 +128,7 @@ def test_operations_on_different_views_do_not_meet(db: Database, one: str, other
     hook = hook_on(db)
     hook.create(MatViewDefinition(name=one, sql="SELECT gate()"), with_data=False)
     hook.create(MatViewDefinition(name=other, sql="SELECT 1 AS a"))
-    with gate_closed(db) as let_go_on, beside(lambda: hook_on(db).refresh(one), let_go_on):
+    with gate_closed(db) as let_go_on, beside(lambda: hook_on(db).refresh(one, lock_timeout=60), let_go_on):
         until(db, AT_THE_GATE)
         assert hook.refresh(other, if_locked="fail").success
 
