@@ -273,3 +273,24 @@ def test_a_refresh_needs_the_owners_right_to_read_the_source_whoever_runs_it(eac
         assert connection.execute("SELECT count(*) FROM mart.mv").fetchone() == (2,)
         connection.execute(sql.SQL("GRANT SELECT ON mart.t TO {}").format(sql.Identifier(owner)))
     assert hook.refresh("mart.mv").status == "updated"
+
+
+def test_a_replaced_view_gives_nobody_more_than_before_and_is_filled_with_its_owners_rights(each_db: Database) -> None:
+    owner, revoked = each_db.role(), each_db.role()
+    each_db.execute(
+        "CREATE TABLE open_to_all AS SELECT 1 AS a",
+        "CREATE TABLE closed AS SELECT 2 AS a",
+        f"GRANT SELECT ON open_to_all TO {owner}",
+        f"GRANT CREATE, USAGE ON SCHEMA public TO {owner}",
+        f"ALTER DEFAULT PRIVILEGES GRANT SELECT ON TABLES TO {revoked}",
+        "CREATE MATERIALIZED VIEW mv AS SELECT a FROM open_to_all",
+        f"REVOKE SELECT ON mv FROM {revoked}",
+        f"ALTER MATERIALIZED VIEW mv OWNER TO {owner}",
+    )
+    hook = hook_on(each_db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT a FROM open_to_all WHERE a > 0"), force=True)
+    assert each_db.value("SELECT has_table_privilege(%s, 'mv', 'SELECT')", (revoked,)) is False
+    assert each_db.value("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relname = 'mv'") == owner
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        hook.create(MatViewDefinition(name="mv", sql="SELECT a FROM closed"), force=True)
+    assert each_db.rows("SELECT a FROM mv") == [(1,)]

@@ -58,7 +58,7 @@ class _MatViewOperator(BaseOperator):
         try:
             response = self._perform(hook)
         except Exception as error:
-            self.log.error("%s", error)
+            self.log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
             so_far = getattr(error, "response", None)
             if isinstance(so_far, ServiceResponse):
                 self._log_statements(so_far)

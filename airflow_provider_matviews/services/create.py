@@ -31,6 +31,7 @@ from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, shor
 from airflow_provider_matviews.services import catalog, row_counts
 from airflow_provider_matviews.services.catalog import Attachment, ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_one, raw
+from airflow_provider_matviews.services.rebuild import give_to, take_default_privileges_back
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 
 #: Runs the short last part of a replacement under ``lock_timeout``; see ``locking.politely``.
@@ -91,8 +92,10 @@ def create_view(
     beside = _beside(view)
     yield Note(f"{view.display} stands and is replaced: built beside it, then put in its place.")
     yield from _build(beside, view, definition, query, report)
+    # Before the rows: the query runs with the rights of the owner.
+    yield from give_to(beside, standing.owner, server, report)
     yield from _fill(beside, server, with_data, row_counts, report)
-    yield from politely(lambda: _cut(view, beside, definition, standing, server, report))
+    yield from politely(lambda: _cut(view, beside, definition, standing, report))
     return report.end("updated")
 
 
@@ -209,6 +212,8 @@ def _build(
                 )
             ),
         )
+    if target is not view:
+        yield from take_default_privileges_back(target)
     for role, privileges in definition.grants.items():
         grantee = sql.SQL("PUBLIC") if role.lower() == "public" else sql.Identifier(role)
         yield from report.run(
@@ -303,7 +308,6 @@ def _cut(
     beside: ResolvedName,
     definition: MatViewDefinition,
     standing: ViewFacts,
-    server: ServerFacts,
     report: Report,
 ) -> Work[None]:
     # RESTRICT: what came to depend on the view meanwhile is an error, not a loss.
@@ -320,15 +324,6 @@ def _cut(
         )
     kind = sql.SQL("MATERIALIZED VIEW")
     yield from report.run("cut", Command(rename.format(kind, beside.identifier, sql.Identifier(view.name))))
-    if standing.owner != server.role:
-        yield from report.run(
-            "owner",
-            Command(
-                sql.SQL("ALTER MATERIALIZED VIEW {} OWNER TO {}").format(
-                    view.identifier, sql.Identifier(standing.owner)
-                )
-            ),
-        )
 
 
 def _beside(view: ResolvedName) -> ResolvedName:

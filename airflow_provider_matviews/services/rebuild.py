@@ -76,7 +76,7 @@ def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, rep
     for position in range(len(picture.statistics)):
         for statement in _statistics(beside, position, picture):
             yield from report.run("statistics", Command(statement))
-    yield from _own(new, picture.owner, server, report)
+    yield from give_to(new, picture.owner, server, report)
     yield from _grant(new, picture, report)
 
 
@@ -213,12 +213,22 @@ def _not_understood(beside: Beside, definition: str) -> StrategyRefused:
     )
 
 
-def _own(new: ResolvedName, owner: str, server: ServerFacts, report: Report) -> Work[None]:
+def give_to(new: ResolvedName, owner: str, server: ServerFacts, report: Report) -> Work[None]:
+    """Give a view to its owner, where that is not the role itself."""
     if owner != server.role:
         yield from report.run(
             "owner",
             Command(sql.SQL("ALTER MATERIALIZED VIEW {} OWNER TO {}").format(new.identifier, sql.Identifier(owner))),
         )
+
+
+def take_default_privileges_back(new: ResolvedName) -> Work[None]:
+    """Take back what ALTER DEFAULT PRIVILEGES gave others on a view that stands in for one that has its own."""
+    row = yield from fetch_one(sql.SQL("SELECT current_user::text AS role"))
+    assert row is not None
+    present = yield from privileges_of(new.ddl)
+    for grantee in dict.fromkeys(each.grantee for each in present if each.grantee != row["role"]):
+        yield Command(sql.SQL("REVOKE ALL ON {} FROM {}").format(new.identifier, _role(grantee)))
 
 
 def _grant(new: ResolvedName, picture: Picture, report: Report) -> Work[None]:

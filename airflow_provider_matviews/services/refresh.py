@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.definition import RefreshStrategy, RowCountStrategy
@@ -76,7 +77,15 @@ def refresh_view(
         yield Note(f"Strategy {strategy.value}, as asked for.")
     job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     report.told(strategy=strategy.value, reason=reason)
-    yield from STRATEGIES[strategy](job)
+    try:
+        yield from STRATEGIES[strategy](job)
+    except psycopg.errors.InsufficientPrivilege as error:
+        owner = sql.Identifier(facts.owner).as_string(None)
+        error.add_note(
+            f"The query of {view.display} runs with the rights of its owner {owner}. If it is a source that the "
+            f"message names, run: GRANT SELECT ON <that> TO {owner}; (and GRANT USAGE ON its schema)."
+        )
+        raise
     if vacuum:
         report.later("vacuum", maintenance("VACUUM", view))
     return report.end("updated")
