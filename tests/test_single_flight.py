@@ -28,8 +28,11 @@ HISTORY: LiteralString = "SELECT status, error_class FROM matviews.mat_view_run_
 #: True while somebody pauses who asked for a view's lock in vain.
 WAITING: LiteralString = """
     SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'
-                   AND query LIKE '%pg_try_advisory_xact_lock%')
+                   AND query LIKE '%pg_try_advisory_xact_lock%'
+                   AND state_change < clock_timestamp() - interval '0.2 s')
 """
+#: Who is not kept off by the view's lock is to fail at the next one, and not to hang.
+BRIEFLY: dict[str, Any] = {"lock_timeout": 0.2, "max_wait": 0.2}
 OVERLAPS: LiteralString = """
     SELECT count(*) FROM (SELECT row_number() OVER () AS n, tstzrange(began, ended) AS span FROM spans) a
     JOIN (SELECT row_number() OVER () AS n, tstzrange(began, ended) AS span FROM spans) b
@@ -70,7 +73,7 @@ def test_wait_runs_after_the_other_operation(each_db: Database) -> None:
 
 def test_skip_is_recorded_as_skipped_with_the_reason_and_touches_nothing(db: Database) -> None:
     with refreshing(db) as (first, let_go_on):
-        response = hook_on(db).refresh("mv", if_locked="skip")
+        response = hook_on(db).refresh("mv", if_locked="skip", **BRIEFLY)
         assert db.rows(HISTORY) == [("running", None), ("skipped", None)]
         assert not first.done()
         let_go_on()
@@ -89,7 +92,7 @@ def test_skip_is_recorded_as_skipped_with_the_reason_and_touches_nothing(db: Dat
 
 def test_fail_raises_and_is_recorded_as_skipped_not_failed(db: Database) -> None:
     with refreshing(db), pytest.raises(ViewLocked, match="mv is being worked on by another operation") as raised:
-        hook_on(db).refresh("mv", if_locked="fail")
+        hook_on(db).refresh("mv", if_locked="fail", **BRIEFLY)
     assert raised.value.response is not None
     assert raised.value.response.run_id == 2
     assert not raised.value.response.success
@@ -98,7 +101,7 @@ def test_fail_raises_and_is_recorded_as_skipped_not_failed(db: Database) -> None
 
 def test_a_wait_that_is_over_raises_and_is_recorded_as_skipped_not_failed(db: Database) -> None:
     with refreshing(db), pytest.raises(ViewLocked, match=r"longer than max_wait=0\.2 s"):
-        hook_on(db).refresh("mv", if_locked="wait", max_wait=0.2)
+        hook_on(db).refresh("mv", if_locked="wait", **BRIEFLY)
     assert db.rows(HISTORY) == [("success", None), ("skipped", None)]
 
 
@@ -108,8 +111,8 @@ def test_every_operation_stands_back(db: Database, operation: str, word: str) ->
     hook = hook_on(db)
     with refreshing(db):
         with pytest.raises(ViewLocked):
-            getattr(hook, operation)(subject, if_locked="fail")
-        assert getattr(hook, operation)(subject, if_locked="skip").status == "skipped"
+            getattr(hook, operation)(subject, if_locked="fail", **BRIEFLY)
+        assert getattr(hook, operation)(subject, if_locked="skip", **BRIEFLY).status == "skipped"
     assert [(run.operation, run.status) for run in hook.runs("mv")] == [
         (word, "skipped"),
         (word, "skipped"),
@@ -119,7 +122,7 @@ def test_every_operation_stands_back(db: Database, operation: str, word: str) ->
 
 def test_one_view_by_two_names_is_one_view(db: Database) -> None:
     with refreshing(db), pytest.raises(ViewLocked):
-        hook_on(db).refresh(' "public" . MV', if_locked="fail")
+        hook_on(db).refresh(' "public" . MV', if_locked="fail", **BRIEFLY)
 
 
 @pytest.mark.parametrize(("one", "other"), [("mv", "mw"), ("a.mv", "b.mv"), ("mv", '"MV"'), ('"a.b".c', 'a."b.c"')])
@@ -130,7 +133,7 @@ def test_operations_on_different_views_do_not_meet(db: Database, one: str, other
     hook.create(MatViewDefinition(name=other, sql="SELECT 1 AS a"))
     with gate_closed(db) as let_go_on, beside(lambda: hook_on(db).refresh(one, lock_timeout=60), let_go_on):
         until(db, AT_THE_GATE)
-        assert hook.refresh(other, if_locked="fail").success
+        assert hook.refresh(other, if_locked="fail", **BRIEFLY).success
 
 
 def test_many_at_once_run_one_after_the_other(db: Database) -> None:
@@ -172,7 +175,7 @@ def test_a_live_run_is_never_called_lost(db: Database, if_locked: str) -> None:
     with refreshing(db) as (first, let_go_on):
         with ThreadPoolExecutor(1) as pool:
             # ViewLocked or not: what matters is what it says of the other one.
-            pool.submit(lambda: hook_on(db).refresh("mv", if_locked=if_locked, max_wait=0.1)).exception()
+            pool.submit(lambda: hook_on(db).refresh("mv", if_locked=if_locked, **BRIEFLY)).exception()
         assert db.rows(HISTORY) == [("running", None), ("skipped", None)]
         let_go_on()
         assert first.result().success
@@ -233,7 +236,7 @@ def test_a_run_whose_process_speaks_late_keeps_its_own_error(db: Database) -> No
         assert db.value("SELECT pg_terminate_backend(%s, 10000)", (pid,))
 
     def be_found_by_the_next(driver: Driver) -> None:
-        assert hook.refresh("mv", if_locked="fail").success
+        assert hook.refresh("mv", if_locked="fail", **BRIEFLY).success
         assert db.rows(HISTORY) == [("failed", "RunLost"), ("success", None)]
 
     class LosingItsConnection(Meddled):
@@ -250,6 +253,24 @@ def test_a_run_whose_process_speaks_late_keeps_its_own_error(db: Database) -> No
     assert driver.meddled
     assert db.rows(HISTORY) == [("failed", "AdminShutdown"), ("success", None)]
     assert db.value("SELECT duration_ms IS NOT NULL FROM matviews.mat_view_runs WHERE id = 1")
+
+
+def test_a_run_that_fails_keeps_the_lock_until_its_failure_is_on_record(db: Database) -> None:
+    """Otherwise the next one would call it lost, and alarm somebody for nothing."""
+    db.execute("CREATE TABLE source AS SELECT 1 AS id")
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 / id AS one FROM source"))
+    db.execute("UPDATE source SET id = 0", "TRUNCATE matviews.mat_view_runs")
+
+    def come_next(driver: Driver) -> None:
+        with pytest.raises(ViewLocked):
+            hook.refresh("mv", if_locked="fail", **BRIEFLY)
+        assert db.rows(HISTORY) == [("running", None), ("skipped", None)]
+
+    with Meddled(db, "ended AS", come_next) as driver, pytest.raises(psycopg.errors.DivisionByZero):
+        driver.run(work("refresh"))
+    assert driver.meddled
+    assert db.rows(HISTORY) == [("failed", "DivisionByZero"), ("skipped", None)]
 
 
 def test_who_stands_back_does_not_overwrite_what_is_being_declared(db: Database) -> None:
@@ -297,7 +318,7 @@ def test_who_stands_back_does_not_overwrite_what_is_being_declared(db: Database)
 def test_hooks_with_two_records_share_the_lock_and_nothing_else(db: Database) -> None:
     other = hook_on(db, tracking_schema="other")
     with refreshing(db) as (first, let_go_on):
-        assert other.refresh("mv", if_locked="skip").status == "skipped"
+        assert other.refresh("mv", if_locked="skip", **BRIEFLY).status == "skipped"
         assert [run.status for run in other.runs()] == ["skipped"]
         assert [run.status for run in hook_on(db).runs()] == ["running"]
         let_go_on()

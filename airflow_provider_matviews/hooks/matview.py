@@ -24,7 +24,8 @@ from airflow_provider_matviews.definition import (
 from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog
-from airflow_provider_matviews.services.catalog import Attachment, IndexFacts
+from airflow_provider_matviews.services.attachments import Attachment, attachments_of
+from airflow_provider_matviews.services.catalog import IndexFacts
 from airflow_provider_matviews.services.create import create_view
 from airflow_provider_matviews.services.delete import delete_view
 from airflow_provider_matviews.services.execute import Driver
@@ -340,7 +341,7 @@ class MatViewHook(PostgresHook):
                 indexes=tuple((yield from catalog.indexes_of(facts.oid))),
                 dependents=tuple((yield from catalog.dependents_of(facts.oid))),
                 sources=tuple((yield from catalog.sources_of(facts.oid))),
-                attachments=tuple((yield from catalog.attachments_of(facts.oid))),
+                attachments=tuple((yield from attachments_of(facts.oid))),
                 definition=(yield from ledger.definition(resolved)),
                 last_run=runs[0] if runs else None,
             )

@@ -29,7 +29,8 @@ from airflow_provider_matviews.exceptions import (
 )
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, shorten
 from airflow_provider_matviews.services import catalog, row_counts
-from airflow_provider_matviews.services.catalog import Attachment, ResolvedName, ServerFacts, ViewFacts
+from airflow_provider_matviews.services.attachments import Attachment, attachments_of
+from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_one, raw
 from airflow_provider_matviews.services.rebuild import give_to, take_default_privileges_back
 from airflow_provider_matviews.services.response import Report, ServiceResponse
@@ -271,7 +272,7 @@ def _require_replaceable(
 def _require_nothing_lost(
     view: ResolvedName, standing: ViewFacts, definition: MatViewDefinition, session: Session = Session.WORK
 ) -> Work[None]:
-    attachments = yield from catalog.attachments_of(standing.oid, session)
+    attachments = yield from attachments_of(standing.oid, session)
     lost = [each for each in attachments if not _declared(each, view, definition)]
     if lost:
         raise WouldBeLost(
