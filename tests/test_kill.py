@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Literal, LiteralString
+from contextlib import suppress
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
 from psycopg import sql
 
-from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Instruction, Note, Result, Session
 from tests.conftest import Database, hook_on
 from tests.killing import DEFINITION, VICTIM, Deed, Gallows, Order, gallows, work
+from tests.proxy import Cut, Filter, hook_through
 from tests.racing import beside, until
 
 MAKE_VIEW = (
@@ -222,85 +221,26 @@ def test_no_reader_at_any_moment_sees_success_without_the_data_or_the_data_witho
                 seen.update(connection.execute(statement))
         return seen
 
-    with beside(read) as reading, db.connect() as session:
-        session.execute("SELECT 1")
-        try:
-            for _ in range(refreshes // 2):
-                for strategy in ("regular", "concurrent"):
-                    scene.hook.refresh("mv", refresh_strategy=strategy)
-                    scene.renew_source()
-        finally:
-            ended.set()
+    with beside(read, ended.set) as reading:
+        for _ in range(refreshes // 2):
+            for strategy in ("regular", "concurrent"):
+                scene.hook.refresh("mv", refresh_strategy=strategy)
+                scene.renew_source()
     seen = reading.result()
     assert {value - successes for successes, value in seen if successes} == {first - 1}
     assert len(seen) > refreshes / 2
 
 
-Cut = Literal["before the server has it", "after the server has done it"]
+def cut_at_commit(*, passed_on: bool) -> Filter:
+    """Cut the line of who is the first to say COMMIT."""
+    first = threading.Lock()
 
+    def to_server(said: bytes) -> bytes:
+        if b"COMMIT\0" in said and first.acquire(blocking=False):
+            raise Cut(said) if passed_on else Cut
+        return said
 
-class CuttingProxy:
-    """Passes on what client and server say, until the first COMMIT: there it cuts the line."""
-
-    def __init__(self, port: int, cut: Cut) -> None:
-        self._server, self._cut = ("127.0.0.1", port), cut
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        self._uncut = threading.Lock()
-        self._pumps: list[threading.Thread] = []
-
-    def serve(self) -> None:
-        """Take connections until the listener is closed."""
-        with suppress(OSError):
-            while True:
-                client = self._listener.accept()[0]
-                self._pumps.append(threading.Thread(target=self._pump, args=(client,)))
-                self._pumps[-1].start()
-
-    def close(self) -> None:
-        """Take no more connections, and wait for those there are."""
-        # shutdown() wakes up the accept(), close() alone would not.
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for pump in self._pumps:
-            pump.join()
-
-    def _pump(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self._server) as server:
-            answering = threading.Thread(target=self._copy, args=(server, client))
-            answering.start()
-            with suppress(OSError):
-                while chunk := client.recv(65536):
-                    if b"COMMIT\0" in chunk and self._uncut.acquire(blocking=False):
-                        if self._cut == "after the server has done it":
-                            # The client hears nothing of the answer; the server's goodbye says it is through.
-                            client.shutdown(socket.SHUT_RDWR)
-                            server.sendall(chunk)
-                        break
-                    server.sendall(chunk)
-            with suppress(OSError):
-                server.shutdown(socket.SHUT_WR)
-            answering.join()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        with suppress(OSError):
-            while chunk := source.recv(65536):
-                target.sendall(chunk)
-        with suppress(OSError):
-            target.shutdown(socket.SHUT_RDWR)
-
-
-@contextmanager
-def cutting(database: Database, cut: Cut) -> Iterator[MatViewHook]:
-    proxy = CuttingProxy(database.server.port, cut)
-    with beside(proxy.serve):
-        try:
-            hook = hook_on(database)
-            hook.connection.port = proxy.port
-            yield hook
-        finally:
-            proxy.close()
+    return to_server
 
 
 def test_a_commit_whose_answer_is_lost_is_a_success_and_said_to_be_one(
@@ -308,7 +248,7 @@ def test_a_commit_whose_answer_is_lost_is_a_success_and_said_to_be_one(
 ) -> None:
     scene = Scene(db)
     scene.set_up("refresh")
-    with cutting(db, "after the server has done it") as hook:
+    with hook_through(db, cut_at_commit(passed_on=True)) as hook:
         response = hook.refresh("mv")
     assert response.status == "updated"
     assert scene.served() == scene.value
@@ -321,7 +261,7 @@ def test_a_commit_that_never_arrives_is_a_failure_and_said_to_be_one(db: Databas
     scene = Scene(db)
     scene.set_up("refresh")
     with (
-        cutting(db, "before the server has it") as hook,
+        hook_through(db, cut_at_commit(passed_on=False)) as hook,
         pytest.raises(psycopg.OperationalError, match="server closed the connection") as raised,
     ):
         hook.refresh("mv")

@@ -413,7 +413,10 @@ class MatViewHook(PostgresHook):
             if isinstance(value, str) and any(word in name.lower() for word in _SECRET_WORDS):
                 found.add(value)
         secrets = {secret for secret in found if secret}
+        # As they stand in a URL and in an SQL literal, too.
         secrets |= {quote(secret, safe="") for secret in secrets}
+        secrets |= {secret.replace("'", "''") for secret in secrets}
+        secrets |= {secret.replace("\\", "\\\\") for secret in secrets}
         # The longest first, so that a secret that holds another one goes whole.
         return sorted(secrets, key=len, reverse=True)
 

@@ -89,7 +89,7 @@ class ViewFacts:
     deleted: int
     #: Rows that are dead and still take room, as far as the server has counted.
     dead_rows: int
-    #: How far the server has written WAL, in bytes.
+    #: How far the server has written WAL, or a standby replayed it, in bytes.
     wal_position: int
 
     @property
@@ -197,7 +197,8 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
                    pg_stat_get_xact_tuples_inserted(c.oid) AS inserted,
                    pg_stat_get_xact_tuples_deleted(c.oid) AS deleted,
                    pg_stat_get_dead_tuples(c.oid) AS dead_rows,
-                   (pg_current_wal_insert_lsn() - '0/0'::pg_lsn)::bigint AS wal_position,
+                   ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)
+                    - '0/0'::pg_lsn)::bigint AS wal_position,
                    pg_has_role(c.relowner, 'USAGE') AS can_own,
                    CASE WHEN current_setting('server_version_num')::integer >= 170000
                         THEN has_table_privilege(c.oid, {maintain})

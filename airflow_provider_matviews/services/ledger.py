@@ -147,10 +147,10 @@ class Ledger:
     def clean(self, value: Any) -> Any:
         """Return plain data without secrets, and without what jsonb cannot hold."""
         if isinstance(value, str):
-            # jsonb refuses NUL and halves of surrogate pairs; a record with a mark beats no record.
-            return self.redact(value).replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+            return _storable(self.redact(value))
         if isinstance(value, Mapping):
-            return {self.clean(str(key)): self.clean(item) for key, item in value.items()}
+            # Keys are our own words; a password that is one of them must not spoil the record.
+            return {_storable(str(key)): self.clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.clean(item) for item in value]
         return value
@@ -419,6 +419,11 @@ class Ledger:
             }
         )
         return described
+
+
+def _storable(text: str) -> str:
+    # jsonb refuses NUL and halves of surrogate pairs; a record with a mark beats no record.
+    return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
 def _definition(row: Mapping[str, Any]) -> DefinitionRecord:
