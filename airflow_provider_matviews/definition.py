@@ -7,6 +7,7 @@ what can be seen to be wrong without a server is refused here, when it is built.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,7 +23,9 @@ from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, chec
 #: What can be granted on a materialized view (https://www.postgresql.org/docs/current/sql-grant.html).
 PRIVILEGES = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER", "MAINTAIN", "ALL"})
 
-_HEADER = re.compile(r"\A\s*/\*[ \t]*matview\b(?P<toml>.*?)\*/", re.DOTALL)
+#: Comments before the header, such as a licence, are passed over.
+_HEADER = re.compile(r"\A(?:\s|--[^\n]*(?:\n|\Z)|/\*(?!\s*matview\b).*?\*/)*/\*\s*matview\b(?P<toml>.*?)\*/", re.DOTALL)
+_ALMOST_HEADER = re.compile(r"\A(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?\*/)*?/\*+[+!]?\s*matview\b", re.DOTALL | re.IGNORECASE)
 _PARAMETER = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?\Z")
 _METHOD = re.compile(r"[a-z_][a-z0-9_]*\Z")
 
@@ -35,6 +38,7 @@ _RESERVED_SETTINGS: dict[str, str | None] = {
     "session_authorization": "use another connection.",
     "client_encoding": None,
     "standard_conforming_strings": None,
+    "track_counts": None,
 }
 
 ParameterValue = str | int | float | bool
@@ -165,8 +169,8 @@ class Index:
             _check_text(self.where, "predicate of an index")
         if self.tablespace is not None:
             check_identifier(self.tablespace, "tablespace name")
-        _check_flag(self.unique, "unique of an index")
-        _check_flag(self.nulls_not_distinct, "nulls_not_distinct of an index")
+        check_flag(self.unique, "unique of an index")
+        check_flag(self.nulls_not_distinct, "nulls_not_distinct of an index")
         _set(self, "storage_parameters", _parameters(self.storage_parameters))
 
     @property
@@ -253,7 +257,7 @@ class MatViewDefinition:
         for text, what in ((self.comment, "comment"), (self.description, "description")):
             if text is not None:
                 _check_text(text, f"{what} of {view}")
-        _check_flag(self.managed, "managed")
+        check_flag(self.managed, "managed")
         names = [index.name_on(view.name) for index in self.all_indexes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InvalidDefinition(
@@ -320,6 +324,11 @@ class MatViewDefinition:
         """
         _check_text(text, "SQL of a view")
         header = _HEADER.match(text)
+        if header is None and _ALMOST_HEADER.match(text):
+            raise InvalidDefinition(
+                "The SQL begins with what looks like a matview header and is none.",
+                hint="begin it with `/* matview`, go on in TOML, and end it with `*/`.",
+            )
         try:
             declaration = tomllib.loads(header["toml"]) if header else {}
         except tomllib.TOMLDecodeError as error:
@@ -397,7 +406,7 @@ def check_session_settings(settings: object) -> dict[str, ParameterValue]:
                 f"session_settings cannot hold {name}: the operation itself relies on it.",
                 hint=_RESERVED_SETTINGS.get(name.lower()),
             )
-        if not isinstance(value, (str, int, float)) or "\0" in str(value):
+        if not _is_value(value):
             raise InvalidDefinition(f"The setting {name} is a number, text or true/false, not {value!r}.")
     return dict(settings)
 
@@ -460,8 +469,11 @@ def _check_text(text: object, what: str) -> None:
         raise InvalidDefinition(f"The {what} is not valid Unicode text.") from None
 
 
-def _check_flag(value: object, argument: str) -> None:
-    # The word "false" from a file would count as true.
+def check_flag(value: object, argument: str) -> None:
+    """Refuse what is not a bool: the word "false", from a file or a template, would count as true.
+
+    :raises InvalidDefinition: when it is anything else than True or False.
+    """
     if not isinstance(value, bool):
         raise InvalidDefinition(f"{argument} is true or false, not {value!r}.")
 
@@ -491,12 +503,18 @@ def _grants(grants: object) -> dict[str, tuple[str, ...]]:
     return checked
 
 
+def _is_value(value: object) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    return isinstance(value, (str, int, float)) and "\0" not in str(value)
+
+
 def _parameters(parameters: object) -> dict[str, ParameterValue]:
     if not isinstance(parameters, Mapping):
         raise InvalidDefinition(f"storage_parameters maps names to values, not {parameters!r}.")
     for name, value in parameters.items():
         if not isinstance(name, str) or not _PARAMETER.match(name):
             raise InvalidDefinition(f"{name!r} is not the name of a storage parameter.")
-        if not isinstance(value, (str, int, float)):
+        if not _is_value(value):
             raise InvalidDefinition(f"The storage parameter {name} is a number, text or true/false, not {value!r}.")
     return dict(parameters)

@@ -86,6 +86,23 @@ def test_a_password_that_the_server_repeats_in_an_error_is_not_recorded(
         assert form not in log
 
 
+@pytest.mark.parametrize("before", [0, 40])
+@pytest.mark.parametrize("password", ["hunter2-secret", "back\\slash\\back", "it's q'u'o't'e'd", "long" * 30])
+def test_half_a_password_where_the_server_cuts_the_line_off_is_not_recorded(
+    db: Database, password: str, before: int
+) -> None:
+    """An error quotes some sixty characters of the line that it points into."""
+    literal = sql.Literal(password).as_string(None)
+    for statement in (f"SELECT {' ' * before}{literal}::integer AS a", f"SELECT {literal}{' ' * before}, nothing"):
+        with pytest.raises(psycopg.Error, match="LINE 1: "):
+            _hook(db, password).create(MatViewDefinition(name="mv", sql=statement))
+    recorded = _everything_recorded(db)
+    for size in range(4, len(password)):
+        assert f"{password[:size]}..." not in recorded
+        assert f"...{password[-size:]}" not in recorded
+    assert not any(part in recorded for part in ("hunter", "slash", "q'u", "q''u", "longlong"))
+
+
 @pytest.mark.parametrize("name", ["sslpassword"])
 def test_a_secret_among_the_extras_is_treated_like_the_password(db: Database, name: str) -> None:
     hook = _hook(db, None, **{name: "key-to-the-key"})

@@ -22,7 +22,7 @@ from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Work
 from airflow_provider_matviews.services.locking import Patience
-from airflow_provider_matviews.services.picture import Picture, qualify_everything, take_picture
+from airflow_provider_matviews.services.picture import Picture, speak_plainly, take_picture
 from tests.conftest import INSTALLATIONS, Database, hook_on
 from tests.driving import InterruptedDriver, connecting, refreshing
 from tests.racing import until
@@ -39,7 +39,7 @@ def picture(database: Database, view: str) -> Picture:
 
     def taken() -> Work[Picture | None]:
         yield Command(sql.SQL("BEGIN"))
-        yield from qualify_everything()
+        yield from speak_plainly()
         return (yield from take_picture(row[0]))
 
     with Driver(connecting(database)) as driver:

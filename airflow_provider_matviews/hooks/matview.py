@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from airflow_provider_matviews.definition import (
     ParameterValue,
     RefreshStrategy,
     RowCountStrategy,
+    check_flag,
     check_session_settings,
     choice,
 )
@@ -47,9 +49,14 @@ _CONNECTION_DEFAULTS = {
     "keepalives_idle": 30,
     "keepalives_interval": 10,
     "keepalives_count": 3,
+    # Names and texts are Unicode here, whatever the database's encoding.
+    "client_encoding": "utf8",
 }
 #: NAMEDATALEN - 1: the server cuts a longer application_name off.
 _APPLICATION_NAME_BYTES = 63
+_SHORTEST_SECRET = 5
+#: What a task is known by in the record, with the type that ``mat_view_run_history`` shows.
+_CONTEXT = {"dag_id": str, "task_id": str, "run_id": str, "map_index": int, "try_number": int}
 #: Words in the names of connection extras whose values are secrets.
 _SECRET_WORDS = ("password", "passwd", "secret", "token", "key_data")
 
@@ -95,6 +102,7 @@ class MatViewHook(PostgresHook):
     :param context: what is recorded of whose task it is; operators give dag_id, task_id, run_id, map_index
         and try_number.
     :raises InvalidName: when ``tracking_schema`` is no identifier.
+    :raises InvalidDefinition: when ``context`` holds anything else than that.
     """
 
     hook_name = "PostgreSQL materialized views"
@@ -109,6 +117,11 @@ class MatViewHook(PostgresHook):
         super().__init__(*args, **kwargs)
         self.tracking_schema = check_identifier(tracking_schema, "tracking_schema")
         self.context = dict(context or {})
+        for key, value in self.context.items():
+            if key not in _CONTEXT or not isinstance(value, (_CONTEXT[key], type(None))):
+                raise InvalidDefinition(
+                    f"context[{key!r}]={value!r} is none of {', '.join(_CONTEXT)}, each of its type."
+                )
         self._driver: Driver | None = None
 
     def get_conn(self) -> Any:
@@ -167,6 +180,8 @@ class MatViewHook(PostgresHook):
                 hint="MatViewDefinition(name=..., sql=...) or MatViewDefinition.from_file(...)",
             )
         counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+        check_flag(force, "force")
+        check_flag(with_data, "with_data")
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
             return create_view(
@@ -234,8 +249,11 @@ class MatViewHook(PostgresHook):
                 vacuum=vacuum,
             )
 
-        if isinstance(max_bloat, bool) or not isinstance(max_bloat, (int, float)) or not max_bloat > 1:
-            raise InvalidDefinition(f"max_bloat={max_bloat!r} is not a number above 1.")
+        if isinstance(max_bloat, bool) or not isinstance(max_bloat, (int, float)) or not 1 < max_bloat < math.inf:
+            raise InvalidDefinition(f"max_bloat={max_bloat!r} is not a number above 1 (1e9 for never).")
+        check_flag(vacuum, "vacuum")
+        if analyze is not None:
+            check_flag(analyze, "analyze")
         settings = check_session_settings(session_settings or {})
         request = {
             "refresh_strategy": asked and asked.value,
@@ -281,6 +299,8 @@ class MatViewHook(PostgresHook):
                 force=force,
             )
 
+        check_flag(cascade, "cascade")
+        check_flag(force, "force")
         request = {"cascade": cascade, "force": force}
         patience = Patience(lock_timeout, max_wait)
         return self._record(Operation.DROP, view_or_definition, request, if_locked, patience, service)
@@ -402,6 +422,11 @@ class MatViewHook(PostgresHook):
         def redact(text: str) -> str:
             for secret in secrets:
                 text = text.replace(secret, "***")
+            if "..." in text:
+                # The line that an error points into is cut off at both ends, perhaps in the middle of a secret.
+                for secret in secrets:
+                    for size in range(len(secret) - 1, 2, -1):
+                        text = text.replace(f"{secret[:size]}...", "***...").replace(f"...{secret[-size:]}", "...***")
             return text
 
         return Ledger(self.tracking_schema, redact)
@@ -412,7 +437,8 @@ class MatViewHook(PostgresHook):
         for name, value in connection.extra_dejson.items():
             if isinstance(value, str) and any(word in name.lower() for word in _SECRET_WORDS):
                 found.add(value)
-        secrets = {secret for secret in found if secret}
+        # Shorter ones would strike out half of the record; Airflow's own masker passes them over too.
+        secrets = {secret for secret in found if secret and len(secret) >= _SHORTEST_SECRET}
         # As they stand in a URL and in an SQL literal, too.
         secrets |= {quote(secret, safe="") for secret in secrets}
         secrets |= {secret.replace("'", "''") for secret in secrets}

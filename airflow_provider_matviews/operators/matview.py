@@ -10,6 +10,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, Ass
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.response import ServiceResponse
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class CreateMatViewOperator(_MatViewOperator):
     :param view: the view's name, with ``sql`` instead of a definition. (templated)
     :param sql: the query, or the path of a ``.sql`` file, with a header or without. (templated)
     :param unique_index_columns: with ``sql``: columns that together are unique.
-    :param refresh_strategy: with ``sql``: ``auto``, ``swap``, ``concurrent`` or ``regular``.
+    :param refresh_strategy: with ``sql``; None for ``auto``: ``swap``, ``concurrent`` or ``regular``.
     :param force: replace a view that stands, by building the new one beside it.
     :param with_data: False makes it without rows.
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
@@ -148,7 +149,7 @@ class CreateMatViewOperator(_MatViewOperator):
         *,
         sql: str | None = None,
         unique_index_columns: Sequence[str] = (),
-        refresh_strategy: str = "auto",
+        refresh_strategy: str | None = None,
         force: bool = False,
         with_data: bool = True,
         row_count_strategy: str = "estimated",
@@ -182,12 +183,20 @@ class CreateMatViewOperator(_MatViewOperator):
             return declared
         if self.sql is None:
             raise InvalidDefinition("What should the view be? Give definition=..., or view=... with sql=....")
-        return MatViewDefinition.from_sql(
+        definition = MatViewDefinition.from_sql(
             self.sql,
             name=self.view,
             refresh_strategy=self.refresh_strategy,
-            unique_index_columns=self.unique_index_columns,
+            unique_index_columns=self.unique_index_columns or None,
         )
+        for said, header in (
+            (self.view and ViewName.parse(self.view), definition.view),
+            (self.refresh_strategy, definition.refresh_strategy),
+            (tuple(self.unique_index_columns), tuple(definition.unique_index_columns)),
+        ):
+            if said and said != header:
+                raise InvalidDefinition(f"The operator says {said!s}, and the header of the SQL says {header!s}.")
+        return definition
 
 
 class RefreshMatViewOperator(_MatViewOperator):

@@ -89,6 +89,8 @@ class ViewFacts:
     deleted: int
     #: Rows that are dead and still take room, as far as the server has counted.
     dead_rows: int
+    #: Whether its owner may make temporary tables, which REFRESH ... CONCURRENTLY does.
+    owner_may_temp: bool
     #: How far the server has written WAL, or a standby replayed it, in bytes.
     wal_position: int
 
@@ -197,6 +199,7 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
                    pg_stat_get_xact_tuples_inserted(c.oid) AS inserted,
                    pg_stat_get_xact_tuples_deleted(c.oid) AS deleted,
                    pg_stat_get_dead_tuples(c.oid) AS dead_rows,
+                   has_database_privilege(c.relowner, current_database(), 'TEMP') AS owner_may_temp,
                    ((CASE WHEN pg_is_in_recovery() THEN pg_last_wal_replay_lsn() ELSE pg_current_wal_insert_lsn() END)
                     - '0/0'::pg_lsn)::bigint AS wal_position,
                    pg_has_role(c.relowner, 'USAGE') AS can_own,
@@ -240,6 +243,14 @@ def require_view(view: ResolvedName) -> Work[ViewFacts]:
             "the connection's database.",
         )
     return facts
+
+
+def membership(owner: str, server: ServerFacts) -> str:
+    """Return the GRANT that lets the role act as ``owner``; from PostgreSQL 16 on, for a NOINHERIT role too."""
+    granted, role = (sql.Identifier(name).as_string(None) for name in (owner, server.role))
+    if server.version >= 160000:
+        return f"GRANT {granted} TO {role} WITH INHERIT TRUE;"
+    return f"GRANT {granted} TO {role};"
 
 
 def require_schema_usage(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:
@@ -373,32 +384,43 @@ def sources_of(oid: int) -> Work[list[str]]:
 
 
 def blockers_of(view: ResolvedName, others: Sequence[int] = ()) -> Work[list[dict[str, Any]]]:
-    """Return who holds a lock on a view: pid, user, application, age in seconds, query head.
+    """Return who is in the way of an operation: pid, user, application, age in seconds, query head, autovacuum.
 
-    :param others: OIDs of further relations.
+    Who holds more than a reader's lock on the view goes before mere readers of it; of what the view reads,
+    only an exclusive lock is in the way. Asked on the record's connection: pg_stat_activity stands still inside a
+    transaction (measured).
 
-    Asked on the record's connection: pg_stat_activity stands still inside a transaction (measured).
+    :param others: OIDs of further relations that are to be locked.
     """
-    return (
-        yield from fetch_all(
-            sql.SQL(
-                """
-                SELECT a.pid, a.usename::text AS user, a.application_name AS application,
-                       round(extract(epoch FROM clock_timestamp() - a.xact_start))::integer AS age,
-                       left(regexp_replace(a.query, '\\s+', ' ', 'g'), 80) AS query
-                FROM pg_catalog.pg_stat_activity a
-                WHERE a.pid IN (
-                    SELECT l.pid FROM pg_catalog.pg_locks l
-                    WHERE l.granted AND l.database = (SELECT oid FROM pg_catalog.pg_database
-                                                      WHERE datname = current_database())
-                      AND (l.relation = ANY(%(others)s::bigint[]::oid[]) OR l.relation IN (
-                        SELECT c.oid FROM pg_catalog.pg_class c
-                        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
-                        WHERE n.nspname = %(schema)s AND c.relname = %(name)s)))
-                ORDER BY a.xact_start
-                """
-            ),
-            {"schema": view.schema, "name": view.name, "others": list(others)},
-            Session.RECORD,
-        )
+    rows = yield from fetch_all(
+        sql.SQL(
+            """
+            WITH view AS (
+                SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = %(schema)s AND c.relname = %(name)s
+            ), sources AS (
+                SELECT DISTINCT d.refobjid FROM view v JOIN pg_catalog.pg_rewrite w ON w.ev_class = v.oid
+                JOIN pg_catalog.pg_depend d ON d.classid = 'pg_rewrite'::regclass AND d.objid = w.oid
+                 AND d.refclassid = 'pg_class'::regclass AND d.refobjid <> v.oid
+            ), held AS (
+                SELECT l.pid, bool_or(l.mode <> 'AccessShareLock') AS more FROM pg_catalog.pg_locks l
+                WHERE l.granted
+                  AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+                  AND (l.relation IN (SELECT oid FROM view) OR l.relation = ANY(%(others)s::bigint[]::oid[])
+                       OR (l.mode = 'AccessExclusiveLock' AND l.relation IN (SELECT refobjid FROM sources)))
+                GROUP BY l.pid
+            )
+            SELECT a.pid, a.usename::text AS user, a.application_name AS application,
+                   round(extract(epoch FROM clock_timestamp() - a.xact_start))::integer AS age,
+                   left(regexp_replace(a.query, '\\s+', ' ', 'g'), 80) AS query,
+                   coalesce(a.backend_type = 'autovacuum worker' AND a.query NOT LIKE '%%to prevent wraparound%%',
+                            a.usename IS NULL AND a.query LIKE 'autovacuum:%%') AS autovacuum, h.more
+            FROM held h JOIN pg_catalog.pg_stat_activity a ON a.pid = h.pid
+            ORDER BY a.xact_start
+            """
+        ),
+        {"schema": view.schema, "name": view.name, "others": list(others)},
+        Session.RECORD,
     )
+    strict = [row for row in rows if row.pop("more")]
+    return strict or rows

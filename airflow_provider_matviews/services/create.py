@@ -78,7 +78,16 @@ def create_view(
             hint="declare it with managed=True if it is to be created from this definition.",
         )
     standing = yield from catalog.find_view(view)
-    yield from _require_schema(view, server)
+    may_make = yield from _may_make(view)
+    if standing is not None and not force and not may_make:
+        report.told(reason="it stands already", drift=None)
+        yield Note(
+            f"{view.display} stands already and is left as it is. Whether its query is the definition's cannot "
+            "be told: the role lacks CREATE on its schema."
+        )
+        return report.end("skipped")
+    if not may_make:
+        raise _lacks_schema(view, server)
     query = yield from _read_query(view, definition.sql)
     _require_columns(view, definition, query)
     if standing is None:
@@ -100,21 +109,25 @@ def create_view(
     return report.end("updated")
 
 
-def _require_schema(view: ResolvedName, server: ServerFacts) -> Work[None]:
+def _may_make(view: ResolvedName) -> Work[bool]:
     row = yield from fetch_one(
         sql.SQL(
             "SELECT has_schema_privilege(oid, 'CREATE') AND has_schema_privilege(oid, 'USAGE') AS may "
             "FROM pg_catalog.pg_namespace WHERE nspname = {}"
         ).format(sql.Literal(view.schema))
     )
-    schema, role = (sql.Identifier(name).as_string(None) for name in (view.schema, server.role))
     if row is None:
+        schema = sql.Identifier(view.schema).as_string(None)
         raise InvalidDefinition(f"The schema {schema} does not exist.", hint=f"run: CREATE SCHEMA {schema};")
-    if not row["may"]:
-        raise MissingPrivilege(
-            f"The role {role} may not create {view.display}: it lacks CREATE or USAGE on the schema {schema}.",
-            hint=f"run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role};",
-        )
+    return bool(row["may"])
+
+
+def _lacks_schema(view: ResolvedName, server: ServerFacts) -> MissingPrivilege:
+    schema, role = (sql.Identifier(name).as_string(None) for name in (view.schema, server.role))
+    return MissingPrivilege(
+        f"The role {role} may not create {view.display}: it lacks CREATE or USAGE on the schema {schema}.",
+        hint=f"run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role};",
+    )
 
 
 def _read_query(view: ResolvedName, text: str) -> Work[_Query]:
@@ -257,7 +270,7 @@ def _require_replaceable(
         role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, standing.owner))
         raise MissingPrivilege(
             f"The role {role} may not replace {view.display}, which belongs to {owner}.",
-            hint=f"run: GRANT {owner} TO {role};",
+            hint=f"run: {catalog.membership(standing.owner, server)}",
         )
     dependents = yield from catalog.dependents_of(standing.oid)
     if dependents:

@@ -85,7 +85,7 @@ def _require_owner(view: ResolvedName, facts: ViewFacts, server: ServerFacts) ->
     role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, facts.owner))
     raise MissingPrivilege(
         f"The role {role} may not drop {view.display}, which belongs to {owner}.",
-        hint=f"run: GRANT {owner} TO {role};",
+        hint=f"run: {catalog.membership(facts.owner, server)}",
     )
 
 

@@ -7,6 +7,7 @@ that is tied to the view's row type, cannot follow.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -40,6 +41,15 @@ def blocking_dependents(oid: int) -> Work[list[str]]:
     return [row["description"] for row in rows]
 
 
+def reader_hazards(oid: int) -> Work[list[str]]:
+    """Return what would meet an error at a cut while somebody runs it, each a clause for a person.
+
+    An SQL-standard function cannot be locked: who has begun to run it waits for the old view, and finds it gone.
+    """
+    rows = yield from fetch_all(_FUNCTIONS, {"oid": oid})
+    return [f"whoever runs {row['description']} at the moment of the cut would meet an error" for row in rows]
+
+
 def read_dependents(oid: int) -> Work[list[Dependent]]:
     """Return what has to be pointed at the new view, those read last first.
 
@@ -49,13 +59,22 @@ def read_dependents(oid: int) -> Work[list[Dependent]]:
     return [Dependent(**{**row, "extensions": tuple(row["extensions"])}) for row in rows]
 
 
-def lock_dependents(dependents: Sequence[Dependent]) -> Work[None]:
+def set_deadline(deadline: float) -> Work[None]:
+    """Let the next lock wait no longer than until ``deadline`` (monotonic seconds)."""
+    left = max(1, round((deadline - time.monotonic()) * 1000))
+    yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(sql.Literal(f"{left}ms")))
+
+
+def lock_dependents(dependents: Sequence[Dependent], deadline: float) -> Work[None]:
     """Lock them as redefining them will, before the view itself: in the order in which readers lock.
 
     Setting the owner that is there already is the one statement that takes ACCESS EXCLUSIVE on a view and
     changes nothing; LOCK TABLE would lock every table beneath it too.
+
+    :param deadline: when to give up, for all of them together: readers queue behind those that are had already.
     """
     for statement in dict.fromkeys(each.lock for each in dependents if each.lock is not None):
+        yield from set_deadline(deadline)
         yield Command(raw(statement))
 
 
@@ -116,6 +135,15 @@ _BLOCKING = sql.SQL(
        OR (p.oid IS NULL AND (f.oid IS NOT NULL OR w.rulename = '_RETURN')
            AND NOT has_schema_privilege(n.oid, 'CREATE'))
     ORDER BY 1
+    """
+)
+
+_FUNCTIONS = sql.SQL(
+    _DIRECT
+    + """
+    SELECT DISTINCT pg_describe_object(d.classid, d.objid, 0) AS description
+    FROM direct d JOIN pg_catalog.pg_proc f ON d.classid = 'pg_proc'::regclass AND f.oid = d.objid
+    WHERE f.prosqlbody IS NOT NULL ORDER BY 1
     """
 )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -33,6 +34,8 @@ _T = TypeVar("_T")
 
 #: Seconds that asking the server to cancel may take; an unreachable server must not hold up the task's end.
 CANCEL_TIMEOUT = 5.0
+#: Seconds after which a connection is asked whether it is still there before it is given something to do.
+_IDLE_LONG = 0.25
 
 
 class Driver:
@@ -51,6 +54,7 @@ class Driver:
         # Not a threading.Event: its lock could be held by the very thread that a signal handler interrupts.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._cancellation_told = False
+        self._last_used = time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -120,10 +124,13 @@ class Driver:
 
     def _execute(self, session: Session, statement: Any, parameters: Any) -> Result:
         connection = self._connection(session)
+        if session is Session.RECORD:
+            self._last_used = time.monotonic()
         try:
             with connection.cursor(row_factory=dict_row) as cursor:
-                # Without parameters the binary format is what makes psycopg use the extended protocol.
-                cursor.execute(statement, parameters, binary=parameters is None, prepare=False)
+                # The binary format makes psycopg use the extended protocol without parameters too, and does not
+                # depend on the session's DateStyle.
+                cursor.execute(statement, parameters, binary=True, prepare=False)
                 return Result(cursor.fetchall() if cursor.description else [])
         except psycopg.errors.QueryCanceled:
             self._cancellation_told = True
@@ -140,13 +147,29 @@ class Driver:
 
     def _connection(self, session: Session) -> psycopg.Connection[Any]:
         connection = self._connections.get(session)
-        if connection is None or (session is Session.RECORD and connection.closed):
+        if connection is not None and session is Session.RECORD and not self._alive(connection):
+            connection.close()
+            connection = None
+        if connection is None:
             connection = self._connect()
             connection.autocommit = True
             # A prepared statement is session state, which a transaction pooler hands to somebody else.
             connection.prepare_threshold = None
             self._connections[session] = connection
         return connection
+
+    def _alive(self, connection: psycopg.Connection[Any]) -> bool:
+        """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout."""
+        if connection.closed:
+            return False
+        idle = time.monotonic() - self._last_used
+        if idle < _IDLE_LONG or connection.info.transaction_status is not TransactionStatus.IDLE:
+            return True
+        try:
+            connection.execute("SELECT 1", prepare=False)
+        except psycopg.Error:
+            return False
+        return True
 
 
 def _initial(work: Work[Any], result: Result) -> Any:

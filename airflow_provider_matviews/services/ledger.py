@@ -7,6 +7,7 @@ so a success and its data commit together, and a ``running`` row whose lock is f
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -55,6 +56,7 @@ STRATEGY_CODES = {
     RefreshStrategy.SWAP: 2,
     RefreshStrategy.AUTO: 3,
 }
+_EXCERPT = re.compile(r"(LINE \d+: | *\^$)")
 #: What is known of a run that nobody ended.
 _LOST: dict[str, Any] = {
     "class": RunLost.__name__,
@@ -145,11 +147,13 @@ class Ledger:
         return raw(sql.Identifier(self.tracking_schema, name).as_string(None).replace("%", "%%"))
 
     def clean(self, value: Any) -> Any:
-        """Return plain data without secrets, and without what jsonb cannot hold."""
+        """Return plain data without secrets, and without what jsonb cannot hold.
+
+        Keys are ours, and left as they are.
+        """
         if isinstance(value, str):
             return _storable(self.redact(value))
         if isinstance(value, Mapping):
-            # Keys are our own words; a password that is one of them must not spoil the record.
             return {_storable(str(key)): self.clean(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.clean(item) for item in value]
@@ -197,7 +201,7 @@ class Ledger:
     def declare(
         self, view: ResolvedName, definition: MatViewDefinition, known: DefinitionRecord | None
     ) -> Work[DefinitionRecord]:
-        """Record what a view should be, and return the row. Writes nothing where nothing changed.
+        """Record what a view should be, in the operation's own transaction. Writes nothing where nothing changed.
 
         :param known: the row that stands.
         """
@@ -211,6 +215,7 @@ class Ledger:
             list(definition.unique_index_columns),
             definition.managed,
             declaration,
+            Session.WORK,
         )
         assert record is not None
         return record
@@ -223,7 +228,7 @@ class Ledger:
         """
         if known is not None and (known.declaration or known.sql == query or query is None):
             return known
-        record = yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {})
+        record = yield from self._write_definition(view, query, RefreshStrategy.AUTO, [], False, {}, Session.RECORD)
         if record is None:
             record = yield from self.definition(view)
         assert record is not None
@@ -237,6 +242,7 @@ class Ledger:
         unique_index_columns: list[str],
         managed: bool,
         declaration: dict[str, Any],
+        session: Session,
     ) -> Work[DefinitionRecord | None]:
         # Who stands back adopts without the view's lock: whoever holds it may have declared it by now, and nothing
         # adopted overwrites what was declared. None then.
@@ -264,7 +270,7 @@ class Ledger:
                 managed,
                 Jsonb(declaration),
             ),
-            Session.RECORD,
+            session,
         )
         return None if row is None else _definition(row)
 
@@ -304,14 +310,15 @@ class Ledger:
         assert row is not None
         return int(row["id"]), list(row["orphans"])
 
-    def skip(self, definition_id: int, operation: Operation, meta: Mapping[str, Any]) -> Work[int]:
+    def skip(self, definition_id: int, operation: Operation, duration_ms: int, meta: Mapping[str, Any]) -> Work[int]:
         """Insert a run that never began, as ``skipped``, and return its id."""
         row = yield from fetch_one(
             sql.SQL(
                 "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, finished_at, duration_ms, "
-                "meta) SELECT %s, %s, %s, now, now, 0, %s FROM clock_timestamp() AS now RETURNING id"
+                "meta) SELECT %s, %s, %s, now - %s * interval '1 ms', now, %s, %s FROM clock_timestamp() AS now "
+                "RETURNING id"
             ).format(self._table("mat_view_runs")),
-            (definition_id, RunStatus.SKIPPED, operation, Jsonb(self.clean(meta))),
+            (definition_id, RunStatus.SKIPPED, operation, duration_ms, duration_ms, Jsonb(self.clean(meta))),
             Session.RECORD,
         )
         assert row is not None
@@ -408,14 +415,13 @@ class Ledger:
 
     def describe_error(self, error: BaseException) -> dict[str, Any]:
         """Return an error as the record keeps it."""
-        message = getattr(error, "message", None) or str(error) or type(error).__name__
         described: dict[str, Any] = self.clean(
             {
                 "class": type(error).__name__,
-                "message": message,
+                "message": _message(error),
                 "sqlstate": error.sqlstate if isinstance(error, psycopg.Error) else None,
                 "hint": getattr(error, "hint", None) or "\n".join(getattr(error, "__notes__", ())) or None,
-                "backtrace": "".join(traceback.format_exception(error)).splitlines(),
+                "backtrace": _backtrace(error),
             }
         )
         return described
@@ -424,6 +430,27 @@ class Ledger:
 def _storable(text: str) -> str:
     # jsonb refuses NUL and halves of surrogate pairs; a record with a mark beats no record.
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
+
+
+def _message(error: BaseException) -> str:
+    if isinstance(error, psycopg.Error) and error.diag.message_primary:
+        # Without the excerpt of the statement, which may hold half of a secret that could not be recognised.
+        parts = [error.diag.message_primary]
+        for word, more in (
+            ("DETAIL", error.diag.message_detail),
+            ("HINT", error.diag.message_hint),
+            ("CONTEXT", error.diag.context),
+        ):
+            if more:
+                parts.append(f"{word}:  {more}")
+        return "\n".join(parts)
+    return getattr(error, "message", None) or str(error) or type(error).__name__
+
+
+def _backtrace(error: BaseException) -> list[str]:
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    # The excerpt again: "LINE 1: ..." and the caret below it.
+    return [line for line in lines if not _EXCERPT.match(line)]
 
 
 def _definition(row: Mapping[str, Any]) -> DefinitionRecord:

@@ -6,7 +6,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -113,36 +113,52 @@ def politely(
     begun = time.monotonic()
     pause = _pauses()
     told: float | None = None
+    outlast_autovacuum = False
     while True:
         yield Command(sql.SQL("SAVEPOINT attempt"))
+        if outlast_autovacuum:
+            # PostgreSQL cancels an autovacuum worker for whoever has waited for longer than the deadlock timeout.
+            yield from fetch_one(
+                sql.SQL(
+                    "SELECT set_config('lock_timeout', (greatest(setting::integer, {}) + 500)::text || 'ms', true) "
+                    "FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'"
+                ).format(sql.Literal(round(patience.lock_timeout * 1000)))
+            )
         try:
             result = yield from attempt()
-        except psycopg.errors.LockNotAvailable as error:
+        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
             waited = time.monotonic() - begun
             if waited >= patience.max_wait:
+                if getattr(error, "__notes__", None):
+                    raise
                 error.add_note(
                     f"Gave up after {waited:.0f} s: others kept a lock on {view.display} or what it reads. "
                     "End them, raise max_wait, or refresh at a quieter hour."
                 )
                 raise
             yield Command(sql.SQL("ROLLBACK TO SAVEPOINT attempt"))
+            blockers = yield from _blockers(view, others)
+            outlast_autovacuum = bool(blockers) and all(each["autovacuum"] for each in blockers)
             if told is None or waited - told >= _NEWS_EVERY:
                 told = waited
-                yield from _tell_blockers(view, others, waited)
+                yield from _tell_blockers(view, blockers, waited)
             yield Pause(max(0.0, min(pause(), patience.max_wait - waited)))
         else:
             yield Command(sql.SQL("RELEASE SAVEPOINT attempt"))
             return result
 
 
-def _tell_blockers(view: ResolvedName, others: Sequence[int], waited: float) -> Work[None]:
+def _blockers(view: ResolvedName, others: Sequence[int]) -> Work[list[dict[str, Any]]]:
     mine = yield from fetch_one(sql.SQL("SELECT pg_backend_pid() AS pid"))
     assert mine is not None
     rows = yield from blockers_of(view, others)
-    blockers = [row for row in rows if row["pid"] != mine["pid"]]
+    return [row for row in rows if row["pid"] != mine["pid"]]
+
+
+def _tell_blockers(view: ResolvedName, blockers: Sequence[dict[str, Any]], waited: float) -> Work[None]:
     yield Note(
-        f"The lock on {view.display} is not to be had yet ({waited:.0f} s so far); trying again without making "
-        f"readers queue. In the way: {'; '.join(map(_blocker, blockers)) or 'nobody any more'}."
+        f"The lock on {view.display} or what it reads is not to be had yet ({waited:.0f} s so far); trying again "
+        f"without making readers queue. In the way: {'; '.join(map(_blocker, blockers)) or 'nobody any more'}."
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg import sql
 
-from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class Label:
 
 @dataclass(frozen=True)
 class ColumnPicture:
-    """A column with its settings; None for a setting left at its default."""
+    """A column with its settings; None for a setting left at its default.
+
+    :ivar type: identifies it whatever the search path, which differs between the connections.
+    """
 
     name: str
     type: str
@@ -148,17 +151,45 @@ def privileges_of(relation: str) -> Work[tuple[Privilege, ...]]:
     return _privileges(row["privileges"])
 
 
-def qualify_everything() -> Work[str]:
-    """Make the server qualify every name in the definitions it gives, for this transaction; return the path before."""
-    row = yield from fetch_one(sql.SQL("SELECT current_setting('search_path') AS path"))
+#: Under these the server's text of a definition says all of it, and is read back as the same.
+_FAITHFUL = {
+    "search_path": "pg_catalog",
+    "datestyle": "ISO, YMD",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "3",
+    "array_nulls": "on",
+    "quote_all_identifiers": "off",
+}
+
+
+def speak_plainly() -> Work[dict[str, str]]:
+    """Make the server give definitions with every name qualified and every constant exact; return the settings before.
+
+    As pg_dump does: ``extra_float_digits=0`` or another date style would change constants on their way through text.
+    """
+    row = yield from fetch_one(
+        sql.SQL("SELECT {}").format(
+            sql.SQL(", ").join(
+                sql.SQL("current_setting({}) AS {}").format(sql.Literal(name), sql.Identifier(name))
+                for name in _FAITHFUL
+            )
+        )
+    )
     assert row is not None
-    yield Command(sql.SQL("SET LOCAL search_path = pg_catalog"))
-    return str(row["path"])
+    yield from restore_settings(_FAITHFUL)
+    return dict(row)
 
 
-def restore_search_path(path: str) -> Work[None]:
-    """Undo :func:`qualify_everything`: before PostgreSQL 17 functions in a view's query look at it."""
-    yield from fetch_all(sql.SQL("SELECT set_config('search_path', {}, true)").format(sql.Literal(path)))
+def restore_settings(settings: Mapping[str, str]) -> Work[None]:
+    """Set them for this transaction: those from before, since the query runs under them."""
+    yield from fetch_all(
+        sql.SQL("SELECT {}").format(
+            sql.SQL(", ").join(
+                sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(value))
+                for name, value in settings.items()
+            )
+        )
+    )
 
 
 def _privileges(rows: Iterable[Mapping[str, Any]]) -> tuple[Privilege, ...]:
@@ -233,13 +264,13 @@ _PRIVILEGES = sql.SQL(f"SELECT {_RELATION_ACL} AS privileges FROM pg_class c WHE
 _COLUMNS = _list(
     f"""(
     SELECT jsonb_agg(jsonb_build_object(
-        'name', a.attname, 'type', format_type(a.atttypid, a.atttypmod),
+        'name', a.attname, 'type', tn.nspname || '.' || t.typname || ' ' || a.atttypmod || ' ' || a.attcollation,
         'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage END,
         'compression', nullif(a.attcompression, ''),
         'statistics', CASE WHEN a.attstattarget >= 0 THEN a.attstattarget END,
         'options', {_list("to_jsonb(a.attoptions)")}, 'comment', col_description(c.oid, a.attnum),
         'privileges', {_acl("a.attacl")}, 'labels', {_seclabels("a.attnum")}) ORDER BY a.attnum)
-    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid
+    FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)"""
 )
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.definition import RefreshStrategy, RowCountStrategy
-from airflow_provider_matviews.exceptions import MissingPrivilege
+from airflow_provider_matviews.exceptions import MissingPrivilege, StrategyRefused
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
-from airflow_provider_matviews.services.instructions import Note, Work
+from airflow_provider_matviews.services.dependents import reader_hazards
+from airflow_provider_matviews.services.instructions import Command, Note, Work
 from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, Patience
 from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.response import Report, ServiceResponse
@@ -57,38 +59,66 @@ def refresh_view(
     indexes: list[catalog.IndexFacts] = []
     if strategy in (RefreshStrategy.AUTO, RefreshStrategy.CONCURRENT):
         indexes = yield from catalog.indexes_of(facts.oid)
-    reason = "asked for"
+    job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     if strategy is RefreshStrategy.AUTO:
         past = (yield from history()) if history else []
         situation = auto.Situation(
             populated=facts.populated,
             indexes=indexes,
-            swap_obstacles=(yield from swap.obstacles(facts, server)),
+            swap_obstacles=(yield from _swap_obstacles(facts, server)),
             heap_bytes=(yield from catalog.heap_size_of(facts.oid)),
             # The planner's estimate lags behind; the last run has counted.
             rows=past[0].rows if past and past[0].rows is not None else facts.estimated_rows,
             history=past,
             max_bloat=max_bloat,
+            owner_may_temp=facts.owner_may_temp,
         )
-        strategy, reason = auto.choose(situation)
-        yield Note(f"Strategy {strategy.value}, chosen because {reason}.")
-        report.told(bloat=situation.bloat and round(situation.bloat, 2))
+        yield from _by_choice(situation, job)
     else:
         yield Note(f"Strategy {strategy.value}, as asked for.")
-    job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
-    report.told(strategy=strategy.value, reason=reason)
-    try:
-        yield from STRATEGIES[strategy](job)
-    except psycopg.errors.InsufficientPrivilege as error:
-        owner = sql.Identifier(facts.owner).as_string(None)
-        error.add_note(
-            f"The query of {view.display} runs with the rights of its owner {owner}. If it is a source that the "
-            f"message names, run: GRANT SELECT ON <that> TO {owner}; (and GRANT USAGE ON its schema)."
-        )
-        raise
+        report.told(strategy=strategy.value, reason="asked for")
+        yield from _carry_out(strategy, job)
     if vacuum:
         report.later("vacuum", maintenance("VACUUM", view))
     return report.end("updated")
+
+
+def _swap_obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
+    obstacles = yield from swap.obstacles(facts, server)
+    return obstacles + (yield from reader_hazards(facts.oid))
+
+
+def _by_choice(situation: auto.Situation, job: Refreshing) -> Work[None]:
+    """Refresh by the strategy that is chosen; where a swap turns out not to be possible after all, by the next one."""
+    strategy, reason = auto.choose(situation)
+    yield Note(f"Strategy {strategy.value}, chosen because {reason}.")
+    bloat = situation.bloat and round(situation.bloat, 2)
+    job.report.told(strategy=strategy.value, reason=reason, bloat=bloat)
+    if strategy is not RefreshStrategy.SWAP:
+        yield from _carry_out(strategy, job)
+        return
+    yield Command(sql.SQL("SAVEPOINT choice"))
+    try:
+        yield from _carry_out(strategy, job)
+    except (StrategyRefused, psycopg.ProgrammingError, psycopg.InternalError, psycopg.NotSupportedError) as error:
+        # Not every reason can be known before it is tried: rights on types, event triggers of others ...
+        yield Command(sql.SQL("ROLLBACK TO SAVEPOINT choice"))
+        told = error.message if isinstance(error, StrategyRefused) else str(error).splitlines()[0]
+        yield Note(f"That was not possible, and has been undone: {told}", warning=True)
+        job.report.restart()
+        yield from _by_choice(replace(situation, swap_obstacles=[told]), job)
+
+
+def _carry_out(strategy: RefreshStrategy, job: Refreshing) -> Work[None]:
+    try:
+        yield from STRATEGIES[strategy](job)
+    except psycopg.errors.InsufficientPrivilege as error:
+        owner = sql.Identifier(job.facts.owner).as_string(None)
+        error.add_note(
+            f"The query of {job.view.display} runs with the rights of its owner {owner}. If it is a source that the "
+            f"message names, run: GRANT SELECT ON <that> TO {owner}; (and GRANT USAGE ON its schema)."
+        )
+        raise
 
 
 def _require_right(view: ResolvedName, facts: ViewFacts, server: ServerFacts) -> None:
@@ -96,7 +126,7 @@ def _require_right(view: ResolvedName, facts: ViewFacts, server: ServerFacts) ->
     if facts.can_maintain:
         return
     role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, facts.owner))
-    hint = f"GRANT {owner} TO {role};"
+    hint = catalog.membership(facts.owner, server)
     if server.version >= 170000:
         hint = f"GRANT MAINTAIN ON {view.ddl} TO {role}; or: {hint}"
     raise MissingPrivilege(

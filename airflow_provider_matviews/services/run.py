@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 from psycopg import sql
 
-from airflow_provider_matviews.definition import IfLocked, MatViewDefinition, ParameterValue
+from airflow_provider_matviews.definition import IfLocked, MatViewDefinition, ParameterValue, RefreshStrategy
 from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer, ViewLocked
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
@@ -98,12 +98,18 @@ def record_run(
         taken = yield from take_view_lock(view, terms.if_locked, terms.patience)
         report = Report.on(view.display, dict(terms.request))
         if not taken:
-            standing_back = _stand_back(operation, view, ledger, terms, report)
+            standing_back = _stand_back(operation, view, ledger, terms, report, begun)
             return (yield from explained(ledger.tracking_schema, standing_back))
         starting = _start(operation, view, subject, ledger, terms, _meta(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
-        prepared = Prepared(view, server, record, report, terms.patience)
-        return (yield from _carry_out(service, prepared, run_id, ledger, terms, begun))
+        prepared = Prepared(view, server, _in_force(record, subject), report, terms.patience)
+
+        def declared() -> Work[None]:
+            # Only now: a definition that was refused is not what the view should be.
+            if subject.definition is not None:
+                yield from ledger.declare(view, subject.definition, record)
+
+        return (yield from _carry_out(service, declared, prepared, run_id, ledger, terms, begun))
     except BaseException:
         yield from _roll_back()
         raise
@@ -142,22 +148,35 @@ def _start(
 
 def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger, patience: Patience) -> Work[DefinitionRecord]:
     known = yield from ledger.definition(view)
-    if subject.definition is not None:
-        return (yield from ledger.declare(view, subject.definition, known))
-    if known is not None and known.declaration:
+    if known is not None and (known.declaration or subject.definition is not None):
         return known
     # Reading a view's query locks it for a moment, which somebody else's REFRESH may keep from us.
     query = yield from politely(view, patience, lambda: catalog.query_of(view))
     return (yield from ledger.adopt(view, known, query))
 
 
+def _in_force(record: DefinitionRecord, subject: Subject) -> DefinitionRecord:
+    """Return what is recorded of a view, with what the definition at hand says before it."""
+    definition = subject.definition
+    if definition is None:
+        return record
+    return replace(
+        record,
+        sql=definition.sql,
+        refresh_strategy=RefreshStrategy(definition.refresh_strategy),
+        unique_index_columns=tuple(definition.unique_index_columns),
+        managed=definition.managed,
+        declaration=definition.to_dict(),
+    )
+
+
 def _stand_back(
-    operation: Operation, view: ResolvedName, ledger: Ledger, terms: Terms, report: Report
+    operation: Operation, view: ResolvedName, ledger: Ledger, terms: Terms, report: Report, begun: float
 ) -> Work[ServiceResponse]:
     record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
     reason = "another operation on the view is running"
     report.told(reason=reason, locked=True)
-    run_id = yield from ledger.skip(record.id, operation, _meta(report, terms))
+    run_id = yield from ledger.skip(record.id, operation, _milliseconds(begun), _meta(report, terms))
     if terms.if_locked is IfLocked.SKIP:
         yield Note(f"Skipped: {reason}.")
         yield from _roll_back()
@@ -173,6 +192,7 @@ def _stand_back(
 
 def _carry_out(
     service: Callable[[Prepared], Work[ServiceResponse]],
+    declared: Callable[[], Work[None]],
     prepared: Prepared,
     run_id: int,
     ledger: Ledger,
@@ -193,10 +213,14 @@ def _carry_out(
         status = RunStatus.SKIPPED if response.status == "skipped" else RunStatus.SUCCESS
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
+        yield from declared()
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))
     except BaseException as error:
+        _advise(error, prepared)
+        # Whatever was counted has been undone.
+        prepared.report.told(row_count_after=None)
         if response is not None:
             # The run row is locked by this transaction; the record's connection would wait for it for ever.
             yield from _roll_back()
@@ -274,6 +298,23 @@ def _roll_back(session: Session = Session.WORK) -> Work[None]:
     except psycopg.Error as error:
         # A connection that is gone has been rolled back by the server.
         yield Note(f"The connection is gone ({type(error).__name__}); the server rolls back by itself.", True)
+
+
+def _advise(error: BaseException, prepared: Prepared) -> None:
+    """Say what mends an error of PostgreSQL that does not say it itself."""
+    if getattr(error, "__notes__", None):
+        return
+    role = sql.Identifier(prepared.server.role).as_string(None)
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        error.add_note(
+            f"{prepared.view.display}: the role {role} lacks a right. If it is one on a source that the message names, "
+            f"run: GRANT SELECT ON <that> TO {role}; (and GRANT USAGE ON its schema)."
+        )
+    elif isinstance(error, psycopg.errors.UndefinedObject):
+        error.add_note(
+            f"{prepared.view.display}: roles, tablespaces, operator classes and collations that a definition names "
+            "have to exist: create it, or take it out of the definition."
+        )
 
 
 def _attach(error: BaseException, response: ServiceResponse) -> None:

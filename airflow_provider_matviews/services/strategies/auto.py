@@ -15,6 +15,8 @@ from airflow_provider_matviews.services.strategies.concurrent import usable_inde
 FEW_CHANGES = 0.05
 #: Size in bytes up to which either way takes a moment, and the one that leaves the view's OID alone is chosen.
 SMALL = 8 * 1024 * 1024
+#: Milliseconds up to which nobody notices how much slower one way is.
+NOTICEABLE_MS = 1000
 #: How often slower a concurrent refresh may be before a rebuild is chosen all the same.
 MUCH_SLOWER = 5.0
 
@@ -50,6 +52,7 @@ class Situation:
     :ivar heap_bytes: its size without indexes, which come and go for other reasons.
     :ivar rows: about how many rows it has; None where unknown.
     :ivar history: its latest successful refreshes, newest first.
+    :ivar owner_may_temp: whether the view's owner may make temporary tables.
     :ivar max_bloat: from which size, relative to that after the last rebuild, it is rebuilt.
     """
 
@@ -60,6 +63,7 @@ class Situation:
     rows: int | None
     history: Sequence[PastRefresh]
     max_bloat: float
+    owner_may_temp: bool = True
 
     @property
     def bloat(self) -> float | None:
@@ -79,7 +83,8 @@ def choose(situation: Situation) -> tuple[RefreshStrategy, str]:
     """Return the strategy to use on a view now, and why, in one clause."""
     if not situation.populated:
         return RefreshStrategy.REGULAR, "it holds no data yet, so there are no readers to keep waiting"
-    usable = usable_indexes(situation.indexes)
+    # REFRESH ... CONCURRENTLY keeps the new rows in a temporary table of the view's owner.
+    usable = usable_indexes(situation.indexes) if situation.owner_may_temp else []
     if situation.swap_obstacles and usable:
         return (
             RefreshStrategy.CONCURRENT,
@@ -102,18 +107,18 @@ def choose(situation: Situation) -> tuple[RefreshStrategy, str]:
 
 def _between(situation: Situation) -> tuple[RefreshStrategy, str]:
     """Choose where both of the ways that let readers go on are possible."""
-    if situation.heap_bytes <= SMALL:
-        return RefreshStrategy.CONCURRENT, "it is small, and that leaves everything about it alone"
-    bloat = situation.bloat
-    if bloat is not None and bloat >= situation.max_bloat:
-        return RefreshStrategy.SWAP, f"a row of it takes {bloat:.1f} times the room it took after the last rebuild"
     swap_ms, concurrent_ms = (situation.median_ms(each) for each in (RefreshStrategy.SWAP, RefreshStrategy.CONCURRENT))
-    if swap_ms and concurrent_ms and concurrent_ms > MUCH_SLOWER * swap_ms:
+    if swap_ms and concurrent_ms and concurrent_ms > MUCH_SLOWER * swap_ms and concurrent_ms > NOTICEABLE_MS:
         return (
             RefreshStrategy.SWAP,
             f"a concurrent refresh of it took {concurrent_ms / swap_ms:.0f} times as long "
             f"({concurrent_ms:,.0f} against {swap_ms:,.0f} ms)",
         )
+    if situation.heap_bytes <= SMALL:
+        return RefreshStrategy.CONCURRENT, "it is small, and that leaves everything about it alone"
+    bloat = situation.bloat
+    if bloat is not None and bloat >= situation.max_bloat:
+        return RefreshStrategy.SWAP, f"a row of it takes {bloat:.1f} times the room it took after the last rebuild"
     shares = [past.changed_share for past in situation.history if past.changed_share is not None]
     if not shares:
         return RefreshStrategy.SWAP, "how much of it changes is not known yet, and a rebuild is the faster way"

@@ -13,6 +13,7 @@ and built again.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import psycopg
@@ -27,13 +28,14 @@ from airflow_provider_matviews.services.dependents import (
     lock_dependents,
     read_dependents,
     repoint,
+    set_deadline,
 )
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_one
 from airflow_provider_matviews.services.locking import politely
 from airflow_provider_matviews.services.picture import (
     Picture,
-    qualify_everything,
-    restore_search_path,
+    restore_settings,
+    speak_plainly,
     take_picture,
 )
 from airflow_provider_matviews.services.rebuild import Beside, build, take_names
@@ -104,7 +106,16 @@ def obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
                    ARRAY(SELECT e.extname::text FROM pg_catalog.pg_depend d
                          JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
                          WHERE d.classid = 'pg_class'::regclass AND d.objid = c.oid AND d.deptype = 'e'
-                           AND NOT pg_has_role(e.extowner, 'USAGE')) AS extensions
+                           AND NOT pg_has_role(e.extowner, 'USAGE')) AS extensions,
+                   c.relacl IS NOT NULL AND EXISTS (
+                       SELECT FROM pg_catalog.pg_depend d WHERE d.classid = 'pg_class'::regclass
+                       AND d.objid = c.oid AND d.deptype = 'e') AS member_with_grants,
+                   EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid = c.reltype AND (t.typacl IS NOT NULL
+                       OR obj_description(t.oid, 'pg_type') IS NOT NULL)) AS type_of_its_own,
+                   ARRAY(SELECT pg_get_userbyid(s.stxowner)::text FROM pg_catalog.pg_statistic_ext s
+                         WHERE s.stxrelid = c.oid AND NOT (pg_has_role(s.stxowner, 'USAGE')
+                         AND has_schema_privilege(s.stxnamespace, 'CREATE'))) AS statistics,
+                   c.reltablespace <> 0 AND NOT has_tablespace_privilege(c.reltablespace, 'CREATE') AS tablespace
             FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = %s
             """
         ),
@@ -117,7 +128,8 @@ def obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
             found.append(f"the role {role} lacks CREATE on the schema {schema}, where the new one is built")
     if rows["invalid"]:
         found.append(
-            f"its index {', '.join(rows['invalid'])} is INVALID, which cannot be built on purpose (REINDEX or drop it)"
+            f"its index {', '.join(rows['invalid'])} is INVALID, which cannot be built on purpose "
+            "(REINDEX or drop it, unless it is being built just now)"
         )
     if rows["grantors"]:
         found.append(
@@ -125,7 +137,15 @@ def obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
         )
     if rows["extensions"]:
         found.append(f"it belongs to the extension {', '.join(rows['extensions'])}, which {server.role} does not own")
-    return found
+    if rows["member_with_grants"]:
+        found.append("it belongs to an extension and has privileges of its own, which its rebuilding would mix up")
+    if rows["type_of_its_own"]:
+        found.append("its row type has privileges or a comment of its own")
+    if rows["statistics"]:
+        found.append("it has extended statistics of another owner, or in a schema where the role lacks CREATE")
+    if rows["tablespace"]:
+        found.append(f"the role {server.role} lacks CREATE on its tablespace")
+    return list(dict.fromkeys(found))
 
 
 def _swap(job: Refreshing) -> Work[int | None]:
@@ -137,26 +157,33 @@ def _swap(job: Refreshing) -> Work[int | None]:
             "or 'regular'.",
         )
     beside = Beside.of(view)
-    path = yield from qualify_everything()
+    settings = yield from speak_plainly()
     picture = yield from take_picture(facts.oid)
     query = yield from catalog.query_of(view)
     if picture is None or query is None:
         raise _Changed(["it was dropped"])
     yield from build(beside, picture, query, job.server, job.report)
-    yield from restore_search_path(path)
+    yield from restore_settings(settings)
     built = yield from catalog.require_view(beside.new)
     yield from job.report.run("fill", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(beside.new.identifier)))
     if job.analyze is not False:
         # Before the cut, so that no reader ever meets it without statistics.
         yield from job.report.run("analyze", Command(sql.SQL("ANALYZE {}").format(beside.new.identifier)))
     after = yield from _count(job, built)
+    # Undone at once: reading their definitions locks whatever they read, and would until COMMIT.
+    yield Command(sql.SQL("SAVEPOINT peek"))
     dependents = yield from read_dependents(facts.oid)
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT peek"))
     relations = [each.relation for each in dependents if each.relation is not None]
     yield from _flush_wal()
     # Most changes show here already, without a lock; and it warms that connection's caches for the time under it.
     yield from _require_unchanged(facts.oid, picture)
     mark = job.report.so_far()
-    yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations)
+    try:
+        yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations)
+    except psycopg.errors.InternalError_ as error:
+        # "tuple concurrently updated", "could not open relation with OID ...": others changed or dropped it just now.
+        raise _Changed([str(error.diag.message_primary)]) from error
     return after
 
 
@@ -173,9 +200,11 @@ def _count(job: Refreshing, built: ViewFacts) -> Work[int | None]:
 def _cut(job: Refreshing, beside: Beside, picture: Picture, mark: int) -> Work[None]:
     view, facts, report = job.view, job.facts, job.report
     report.forget_since(mark)
-    path = yield from qualify_everything()
-    yield from _step_back_before_readers_do(job)
-    yield from lock_dependents((yield from read_dependents(facts.oid)))
+    settings = yield from speak_plainly()
+    seconds = yield from _time_to_lock()
+    deadline = time.monotonic() + seconds
+    yield from lock_dependents((yield from read_dependents(facts.oid)), deadline)
+    yield from set_deadline(deadline)
     alter = sql.SQL("ALTER MATERIALIZED VIEW {} ")
     # Changes nothing, and takes the lock that the cut needs, while the view still has its name.
     yield from report.run(
@@ -205,7 +234,7 @@ def _cut(job: Refreshing, beside: Beside, picture: Picture, mark: int) -> Work[N
         if kind == "e":
             yield from report.run("cut", Command(_membership(extension, "ADD", view)))
     yield from _require_unchanged(facts.oid, picture)
-    yield from restore_search_path(path)
+    yield from restore_settings(settings)
 
 
 def _flush_wal() -> Work[None]:
@@ -227,14 +256,21 @@ def _membership(extension: str, verb: str, view: ResolvedName) -> sql.Composable
     )
 
 
-def _step_back_before_readers_do(job: Refreshing) -> Work[None]:
-    """Keep the lock timeout below the deadlock timeout: of two that wait for each other, we give way."""
-    yield from fetch_one(
+def _time_to_lock() -> Work[float]:
+    """Return the seconds that all locks of one attempt together may take.
+
+    Below half of the deadlock timeout: of a reader and the cut that wait for each other, the cut gives way. Unless
+    this attempt is to outlast an autovacuum worker, see :func:`politely`.
+    """
+    row = yield from fetch_one(
         sql.SQL(
-            "SELECT set_config('lock_timeout', least({}, setting::integer / 2)::text || 'ms', true) "
-            "FROM pg_catalog.pg_settings WHERE name = 'deadlock_timeout'"
-        ).format(sql.Literal(round(job.patience.lock_timeout * 1000)))
+            "SELECT l.setting::integer AS patience, d.setting::integer AS deadlock FROM pg_catalog.pg_settings l, "
+            "pg_catalog.pg_settings d WHERE l.name = 'lock_timeout' AND d.name = 'deadlock_timeout'"
+        )
     )
+    assert row is not None
+    patience, deadlock = row["patience"], row["deadlock"]
+    return float(patience if patience > deadlock else max(1, min(patience, deadlock // 2))) / 1000
 
 
 def _require_unchanged(oid: int, picture: Picture) -> Work[None]:
