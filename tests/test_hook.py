@@ -38,7 +38,7 @@ def _names_seen(db: Database, **arguments: Any) -> set[str]:
         until(db, AT_THE_GATE)
         rows = db.rows(
             "SELECT application_name FROM pg_stat_activity WHERE datname = current_database() "
-            "AND pid <> pg_backend_pid() AND query <> 'SELECT pg_advisory_lock(4711)'"
+            "AND pid <> pg_backend_pid() AND query <> 'SELECT pg_advisory_lock(4711)' AND application_name <> ''"
         )
     assert len(rows) == 2
     return {name for (name,) in rows}

@@ -532,3 +532,17 @@ def test_a_unique_index_that_carries_columns_along_or_takes_nulls_as_equal_serve
         hook.create(definition)
         assert hook.refresh("mv").response["strategy"] == "concurrent"
         hook.delete("mv")
+
+
+@pytest.mark.parametrize("flag", ["vacuum", "analyze"])
+def test_words_are_no_flags_of_a_refresh(flag: str, db: Database) -> None:
+    with pytest.raises(InvalidDefinition, match="true or false"):
+        hook_on(db).refresh("mv", **{flag: "no"})
+
+
+@pytest.mark.parametrize("flag", ["cascade", "force"])
+def test_words_are_no_flags_of_a_delete(flag: str, db: Database) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE VIEW dep AS SELECT * FROM mv")
+    with pytest.raises(InvalidDefinition, match="true or false"):
+        hook_on(db).delete("mv", **{flag: "False"})
+    assert db.value("SELECT a FROM dep") == 1

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -509,3 +510,115 @@ def test_a_swap_killed_at_any_step_leaves_the_old_view_and_nothing_beside_it(db:
     lost = db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 3 AND error->>'class' = 'RunLost'")
     assert lost > 30
     assert db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 1") == 0
+
+
+def test_columns_of_types_on_the_search_path_are_swapped(each_db: Database) -> None:
+    each_db.execute(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok')",
+        "CREATE DOMAIN positive AS integer CHECK (VALUE > 0)",
+        "CREATE MATERIALIZED VIEW mv AS SELECT 'ok'::mood AS m, 1::positive AS p",
+    )
+    response = hook_on(each_db).refresh("mv", refresh_strategy="swap").response
+    assert (response["rebuilds"], each_db.rows("SELECT m::text, p FROM mv")) == (1, [("ok", 1)])
+
+
+def test_constants_in_queries_survive_settings_that_shorten_them(each_db: Database) -> None:
+    each_db.execute(
+        "CREATE MATERIALIZED VIEW mv AS SELECT '0.30000000000000004'::float8 AS f, '{1,NULL}'::integer[] AS a",
+        "CREATE VIEW dep AS SELECT '0.30000000000000004'::float8 AS g FROM mv",
+        f"ALTER DATABASE {each_db.name} SET extra_float_digits = 0",
+        f"ALTER DATABASE {each_db.name} SET array_nulls = off",
+        f"ALTER DATABASE {each_db.name} SET datestyle = 'SQL, DMY'",
+    )
+    dumped = dump(each_db)
+    hook_on(each_db).refresh("mv", refresh_strategy="swap")
+    assert dump(each_db) == dumped
+
+
+def test_two_swaps_of_views_with_a_dependent_in_common_both_succeed(each_db: Database) -> None:
+    each_db.execute(
+        "CREATE MATERIALIZED VIEW one AS SELECT 1 AS id",
+        "CREATE MATERIALIZED VIEW two AS SELECT 1 AS id",
+        "CREATE VIEW dep AS SELECT one.id FROM one JOIN two USING (id)",
+    )
+    hook_on(each_db).runs()
+    start = threading.Barrier(2)
+
+    def swapping(view: str) -> list[Any]:
+        strategies = []
+        for _ in range(4):
+            start.wait(30)
+            strategies.append(hook_on(each_db).refresh(view, refresh_strategy="swap", max_wait=30).status)
+        return strategies
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(swapping, ["one", "two"])) == [["updated"] * 4] * 2
+    assert each_db.rows("SELECT id FROM dep") == [(1,)]
+
+
+def test_auto_leaves_a_view_alone_that_an_sql_standard_function_reads(each_db: Database) -> None:
+    each_db.execute(
+        SOURCE,
+        "CREATE MATERIALIZED VIEW mv AS SELECT * FROM source",
+        "CREATE FUNCTION counted() RETURNS bigint BEGIN ATOMIC SELECT count(*) FROM mv; END",
+    )
+    response = hook_on(each_db).refresh("mv").response
+    assert response["strategy"] == "regular"
+    assert "whoever runs function counted()" in response["reason"]
+
+
+def test_auto_takes_another_way_where_a_swap_turns_out_not_to_be_possible(db: Database) -> None:
+    owner = db.role()
+    db.execute(
+        "CREATE TYPE mood AS ENUM ('sad', 'ok')",
+        f"GRANT CREATE ON DATABASE {db.name} TO {owner}",
+        f"GRANT CREATE, USAGE ON SCHEMA public TO {owner}",
+        "CREATE MATERIALIZED VIEW mv AS SELECT 'ok'::mood AS m",
+        f"ALTER MATERIALIZED VIEW mv OWNER TO {owner}",
+        "REVOKE USAGE ON TYPE mood FROM PUBLIC",
+    )
+    response = hook_on(db, user=owner).refresh("mv").response
+    assert response["strategy"] == "regular"
+    assert "permission denied for type mood" in response["reason"]
+
+
+def test_auto_does_not_refresh_concurrently_for_an_owner_without_temporary_tables(db: Database) -> None:
+    owner = db.role()
+    db.execute(
+        f"REVOKE TEMP ON DATABASE {db.name} FROM PUBLIC",
+        f"GRANT CREATE ON DATABASE {db.name} TO {owner}",
+        f"GRANT CREATE, USAGE ON SCHEMA public TO {owner}",
+        "CREATE MATERIALIZED VIEW mv AS SELECT 1 AS id",
+        "CREATE UNIQUE INDEX ON mv (id)",
+        f"ALTER MATERIALIZED VIEW mv OWNER TO {owner}",
+    )
+    assert hook_on(db, user=owner).refresh("mv").response["strategy"] == "swap"
+
+
+@pytest.mark.parametrize("strategy", ["swap", "regular", "concurrent"])
+def test_a_refresh_outlasts_an_autovacuum_worker(db: Database, strategy: str) -> None:
+    db.execute(
+        "ALTER SYSTEM SET autovacuum_naptime = 1",
+        "SELECT pg_reload_conf()",
+        "CREATE MATERIALIZED VIEW mv AS SELECT g AS id, repeat('x', 200) AS b FROM generate_series(1, 60000) g",
+        "CREATE UNIQUE INDEX ON mv (id)",
+        "ALTER MATERIALIZED VIEW mv SET (autovacuum_vacuum_insert_threshold = 10, autovacuum_vacuum_cost_delay = 100, "
+        "autovacuum_vacuum_cost_limit = 1)",
+    )
+    hook = hook_on(db)
+    hook.runs()
+    until(
+        db,
+        "SELECT EXISTS (SELECT FROM pg_stat_progress_vacuum p WHERE p.relid = 'mv'::regclass)",
+        seconds=60,
+    )
+    assert hook.refresh("mv", refresh_strategy=strategy, lock_timeout=0.05, max_wait=30).status == "updated"
+
+
+def test_a_build_may_outlast_the_idle_timeout_of_the_records_connection(db: Database) -> None:
+    role = db.role("LOGIN SUPERUSER")
+    db.execute(
+        f"ALTER ROLE {role} SET idle_session_timeout = '300ms'",
+        "CREATE MATERIALIZED VIEW mv AS SELECT pg_sleep(1)::text AS slept, 1 AS a",
+    )
+    assert hook_on(db, user=role).refresh("mv", refresh_strategy="swap").status == "updated"
