@@ -99,7 +99,11 @@ def lock_key(view: ResolvedName) -> sql.Composed:
 
 
 def politely(
-    view: ResolvedName, patience: Patience, attempt: Callable[[], Work[_T]], others: Sequence[int] = ()
+    view: ResolvedName,
+    patience: Patience,
+    attempt: Callable[[], Work[_T]],
+    others: Sequence[int] = (),
+    collisions: int = 0,
 ) -> Work[_T]:
     """Do something that needs a lock readers could queue behind: try briefly, step back, try again.
 
@@ -108,6 +112,8 @@ def politely(
     log, and after a pause, in which whoever waited passes, it is made again, from its beginning.
 
     :param others: OIDs of what else it locks, to name who holds those.
+    :param collisions: how often an internal error counts as a lock not had: that is how PostgreSQL says that others
+        have changed or dropped something while it was being looked up ("could not open relation with OID ...").
     :raises psycopg.errors.LockNotAvailable: when ``max_wait`` is over.
     """
     begun = time.monotonic()
@@ -126,8 +132,16 @@ def politely(
             )
         try:
             result = yield from attempt()
-        except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+        except (
+            psycopg.errors.LockNotAvailable,
+            psycopg.errors.DeadlockDetected,
+            psycopg.errors.InternalError_,
+        ) as error:
             waited = time.monotonic() - begun
+            if isinstance(error, psycopg.errors.InternalError_):
+                if collisions == 0:
+                    raise
+                collisions -= 1
             if waited >= patience.max_wait:
                 if getattr(error, "__notes__", None):
                     raise

@@ -43,6 +43,8 @@ from airflow_provider_matviews.services.strategies.base import Refreshing
 
 #: How often a view that others keep changing is built anew before giving up.
 _ATTEMPTS = 3
+#: How often the cut is tried again after meeting another one over the same dependents.
+_COLLISIONS = 20
 
 
 class _Changed(Exception):
@@ -171,20 +173,30 @@ def _swap(job: Refreshing) -> Work[int | None]:
         yield from job.report.run("analyze", Command(sql.SQL("ANALYZE {}").format(beside.new.identifier)))
     after = yield from _count(job, built)
     # Undone at once: reading their definitions locks whatever they read, and would until COMMIT.
-    yield Command(sql.SQL("SAVEPOINT peek"))
-    dependents = yield from read_dependents(facts.oid)
-    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT peek"))
-    relations = [each.relation for each in dependents if each.relation is not None]
+    relations = yield from _peek(facts.oid)
     yield from _flush_wal()
     # Most changes show here already, without a lock; and it warms that connection's caches for the time under it.
     yield from _require_unchanged(facts.oid, picture)
     mark = job.report.so_far()
     try:
-        yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations)
+        yield from politely(view, job.patience, lambda: _cut(job, beside, picture, mark), relations, _COLLISIONS)
     except psycopg.errors.InternalError_ as error:
         # "tuple concurrently updated", "could not open relation with OID ...": others changed or dropped it just now.
         raise _Changed([str(error.diag.message_primary)]) from error
     return after
+
+
+def _peek(oid: int) -> Work[list[int]]:
+    """Return the OIDs of what will be locked with the view, for naming who is in the way."""
+    yield Command(sql.SQL("SAVEPOINT peek"))
+    relations: list[int] = []
+    try:
+        relations = [each.relation for each in (yield from read_dependents(oid)) if each.relation is not None]
+    except (psycopg.errors.InternalError_, psycopg.errors.LockNotAvailable):
+        # Another swap is cutting something that a dependent reads; it only costs names in a log.
+        relations = []
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT peek"))
+    return relations
 
 
 def _count(job: Refreshing, built: ViewFacts) -> Work[int | None]:
