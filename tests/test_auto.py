@@ -164,12 +164,12 @@ def test_settings_that_cannot_be_are_refused_by_name(db: Database, settings: dic
 def test_statistics_are_renewed_where_a_strategy_leaves_stale_ones(db: Database) -> None:
     db.execute(
         "CREATE TABLE source AS SELECT 1 AS a FROM generate_series(1, 100)",
-        "ALTER SYSTEM SET autovacuum = off",
-        "SELECT pg_reload_conf()",
     )
     distinct = "SELECT n_distinct FROM pg_stats WHERE tablename = 'mv' AND attname = 'a'"
     hook = hook_on(db)
-    hook.create(MatViewDefinition(name="mv", sql="SELECT * FROM source"))
+    hook.create(
+        MatViewDefinition(name="mv", sql="SELECT * FROM source", storage_parameters={"autovacuum_enabled": False})
+    )
     for strategy, statements in (("regular", 1), ("swap", 1)):
         db.execute("INSERT INTO source SELECT max(a) + 1 FROM source, generate_series(1, 100)")
         hook.refresh("mv", refresh_strategy=strategy)

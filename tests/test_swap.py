@@ -598,6 +598,7 @@ def test_auto_does_not_refresh_concurrently_for_an_owner_without_temporary_table
 @pytest.mark.parametrize("strategy", ["swap", "regular", "concurrent"])
 def test_a_refresh_outlasts_an_autovacuum_worker(db: Database, strategy: str) -> None:
     db.execute(
+        "ALTER SYSTEM SET autovacuum = on",
         "ALTER SYSTEM SET autovacuum_naptime = 1",
         "SELECT pg_reload_conf()",
         "CREATE MATERIALIZED VIEW mv AS SELECT g AS id, repeat('x', 200) AS b FROM generate_series(1, 60000) g",
@@ -612,7 +613,9 @@ def test_a_refresh_outlasts_an_autovacuum_worker(db: Database, strategy: str) ->
         "SELECT EXISTS (SELECT FROM pg_stat_progress_vacuum p WHERE p.relid = 'mv'::regclass)",
         seconds=60,
     )
-    assert hook.refresh("mv", refresh_strategy=strategy, lock_timeout=0.05, max_wait=30).status == "updated"
+    status = hook.refresh("mv", refresh_strategy=strategy, lock_timeout=0.05, max_wait=30).status
+    db.execute("ALTER SYSTEM RESET ALL", "SELECT pg_reload_conf()")
+    assert status == "updated"
 
 
 def test_a_build_may_outlast_the_idle_timeout_of_the_records_connection(db: Database) -> None:
