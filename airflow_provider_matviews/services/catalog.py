@@ -41,11 +41,6 @@ class ServerFacts:
     read_only: bool
     track_counts: bool
 
-    @property
-    def version_text(self) -> str:
-        """The version as people say it, ``15.18``."""
-        return f"{self.version // 10000}.{self.version % 10000}"
-
 
 @dataclass(frozen=True)
 class ResolvedName:
