@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, check_identifier, shorten
+from airflow_provider_matviews.timeouts import Timeouts
 
 #: What can be granted on a materialized view (https://www.postgresql.org/docs/current/sql-grant.html).
 PRIVILEGES = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER", "MAINTAIN", "ALL"})
@@ -221,6 +222,8 @@ class MatViewDefinition:
         created or altered, and dropped only by force.
     :param session_settings: PostgreSQL settings for every operation on it, such as ``{"work_mem": "256MB"}``;
         set for its transaction only.
+    :param timeouts: limits in seconds for every operation on it, by the names that the operators give them:
+        ``lock_timeout``, ``max_wait``, ``statement_timeout``, ``timeout``. Those of a call go before them.
     :raises InvalidDefinition: when it can be seen, without a server, that this can never be a view.
     """
 
@@ -237,6 +240,7 @@ class MatViewDefinition:
     description: str | None = None
     managed: bool = True
     session_settings: Mapping[str, ParameterValue] = field(default_factory=dict, hash=False)
+    timeouts: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         view = ViewName.parse(self.name)
@@ -248,6 +252,7 @@ class MatViewDefinition:
         _set(self, "grants", _grants(self.grants))
         _set(self, "storage_parameters", _parameters(self.storage_parameters))
         _set(self, "session_settings", check_session_settings(self.session_settings))
+        _set(self, "timeouts", Timeouts.of(self.timeouts).said())
         for column in self.unique_index_columns:
             check_identifier(column, "column name in unique_index_columns")
         for other in self.depends_on:

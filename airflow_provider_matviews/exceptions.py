@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import psycopg
+
 if TYPE_CHECKING:
     from airflow_provider_matviews.services.response import ServiceResponse
 
@@ -91,6 +93,14 @@ class WouldBeLost(MatViewError):
 
 class ViewLocked(MatViewError):
     """Another operation on the same view is running (``if_locked="fail"``, or the wait was too long)."""
+
+
+class OperationCancelled(MatViewError, psycopg.errors.QueryCanceled):
+    """The operation was stopped on purpose; the message says by whom or what. Everything it did is undone."""
+
+
+class OperationTimedOut(MatViewError, psycopg.errors.QueryCanceled):
+    """The operation took longer than its ``timeout`` in all and was stopped. Everything it did is undone."""
 
 
 class RunLost(MatViewError):

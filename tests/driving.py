@@ -16,6 +16,7 @@ from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import Prepared, Subject, Terms, record_run
+from airflow_provider_matviews.timeouts import Timeouts
 from tests.conftest import Database
 
 
@@ -56,7 +57,10 @@ def refreshing(view: str, strategy: RefreshStrategy, patience: Patience | None =
             history=lambda: ledger.past_refreshes(prepared.record.id),
         )
 
-    terms = Terms(patience=patience or Patience())
+    timeouts = (
+        Timeouts() if patience is None else Timeouts(lock_timeout=patience.lock_timeout, max_wait=patience.max_wait)
+    )
+    terms = Terms(timeouts=timeouts)
     return record_run(Operation.REFRESH, Subject(ViewName.parse(view)), ledger, terms, service)
 
 

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from airflow_provider_matviews.definition import IfLocked, MatViewDefinition
-from airflow_provider_matviews.exceptions import ViewLocked
+from airflow_provider_matviews.exceptions import OperationCancelled, ViewLocked
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.execute import Driver
@@ -83,7 +83,8 @@ def test_cancel_from_another_thread_stops_the_refresh_on_the_server(gated: Datab
     run = hook.last_run("mv")
     assert run is not None
     assert run.error is not None
-    assert (run.status, run.error["class"], run.error["sqlstate"]) == ("failed", "QueryCanceled", "57014")
+    assert (run.status, run.error["class"], run.error["sqlstate"]) == ("failed", "OperationCancelled", "57014")
+    assert run.error["message"].endswith("s: cancel() was called.")
     assert run.duration_ms is not None
 
 
@@ -218,7 +219,7 @@ def _served(eye: psycopg.Connection[Any]) -> int | None:
 @pytest.mark.parametrize("deed", DEEDS)
 @pytest.mark.parametrize(
     ("disturb", "error"),
-    [(_interrupt, Interrupted), (_cancel, psycopg.errors.QueryCanceled)],
+    [(_interrupt, Interrupted), (_cancel, OperationCancelled)],
     ids=["interrupted", "cancelled"],
 )
 def test_wherever_an_operation_is_stopped_the_record_the_view_and_the_caller_hear_the_same(

@@ -339,7 +339,7 @@ def test_killing_the_task_cancels_the_statement_and_the_old_rows_serve(db: Datab
     assert recorded is not None
     assert recorded.status == "failed"
     assert recorded.error is not None
-    assert (recorded.error["class"], recorded.error["sqlstate"]) == ("QueryCanceled", "57014")
+    assert (recorded.error["class"], recorded.error["sqlstate"]) == ("OperationCancelled", "57014")
     assert db.rows("SELECT id FROM mv") == [(1,)]
 
 

@@ -221,11 +221,11 @@ def test_odd_characters_in_an_error_are_recorded_as_far_as_jsonb_holds_them(db: 
 def test_an_error_without_words_is_recorded_by_its_class(db: Database) -> None:
     hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
     with _running(db) as (ledger, run_id, driver):
-        driver.run(ledger.fail(run_id, KeyboardInterrupt(), 7, {}))
+        driver.run(ledger.fail(run_id, RuntimeError(), 7, {}))
     run = hook_on(db).last_run("mv")
     assert run is not None
     assert run.error is not None
-    assert (run.error["class"], run.error["message"]) == ("KeyboardInterrupt", "KeyboardInterrupt")
+    assert (run.error["class"], run.error["message"]) == ("RuntimeError", "RuntimeError")
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
+import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -19,25 +21,23 @@ from airflow_provider_matviews.definition import (
     ParameterValue,
     RefreshStrategy,
     RowCountStrategy,
-    check_flag,
-    check_session_settings,
-    choice,
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import IndexFacts
-from airflow_provider_matviews.services.create import create_view
-from airflow_provider_matviews.services.delete import delete_view
 from airflow_provider_matviews.services.execute import Driver
+from airflow_provider_matviews.services.execute_async import AsyncDriver
 from airflow_provider_matviews.services.instructions import Session, Work
-from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run
-from airflow_provider_matviews.services.locking import Patience, politely
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
-from airflow_provider_matviews.services.refresh import refresh_view
+from airflow_provider_matviews.services.operations import Operations
+from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.response import ServiceResponse
-from airflow_provider_matviews.services.run import MINIMUM_VERSION, Prepared, Subject, Terms, record_run
+from airflow_provider_matviews.services.run import MINIMUM_VERSION
+from airflow_provider_matviews.services.stopping import conninfo_of
+from airflow_provider_matviews.timeouts import Timeouts
 
 _T = TypeVar("_T")
 
@@ -55,6 +55,8 @@ _CONNECTION_DEFAULTS = {
 #: NAMEDATALEN - 1: the server cuts a longer application_name off.
 _APPLICATION_NAME_BYTES = 63
 _SHORTEST_SECRET = 5
+#: Seconds for which it stays true how a connection is opened.
+_CONNINFO_KEEPS = 60.0
 #: What a task is known by in the record, with the type that ``mat_view_run_history`` shows.
 _CONTEXT = {"dag_id": str, "task_id": str, "run_id": str, "map_index": int, "try_number": int}
 #: Words in the names of connection extras whose values are secrets.
@@ -101,6 +103,8 @@ class MatViewHook(PostgresHook):
     :param tracking_schema: the schema, in that database, of the run tables; made on first use.
     :param context: what is recorded of whose task it is; operators give dag_id, task_id, run_id, map_index
         and try_number.
+    :param longest: seconds that any operation may take in all, whatever its ``timeout`` says; operators give what
+        ``execution_timeout`` leaves.
     :raises InvalidName: when ``tracking_schema`` is no identifier.
     :raises InvalidDefinition: when ``context`` holds anything else than that.
     """
@@ -112,6 +116,7 @@ class MatViewHook(PostgresHook):
         *args: Any,
         tracking_schema: str = "matviews",
         context: Mapping[str, Any] | None = None,
+        longest: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -122,7 +127,10 @@ class MatViewHook(PostgresHook):
                 raise InvalidDefinition(
                     f"context[{key!r}]={value!r} is none of {', '.join(_CONTEXT)}, each of its type."
                 )
-        self._driver: Driver | None = None
+        self.longest = Timeouts(timeout=longest).timeout
+        self._driver: Driver | AsyncDriver | None = None
+        self._conninfo: str | None = None
+        self._learnt = 0.0
 
     def get_conn(self) -> Any:
         """Open a connection that tells the server whose it is and notices a dead network.
@@ -157,8 +165,10 @@ class MatViewHook(PostgresHook):
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
         session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
-        lock_timeout: float = 1.0,
-        max_wait: float = 600.0,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> ServiceResponse:
         """Create a view as its definition says; ``skipped`` when it stands already.
 
@@ -168,38 +178,26 @@ class MatViewHook(PostgresHook):
         :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
         :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
-        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-        :param max_wait: seconds after which waiting for locks ends in failure.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the
+            definition says, which is 1 where it says nothing.
+        :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+        :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+        :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
         :returns: the response: ``created``, ``updated`` (replaced) or ``skipped``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-        if not isinstance(definition, MatViewDefinition):
-            raise InvalidDefinition(
-                f"create() takes a MatViewDefinition, not {definition!r}.",
-                hint="MatViewDefinition(name=..., sql=...) or MatViewDefinition.from_file(...)",
-            )
-        counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
-        check_flag(force, "force")
-        check_flag(with_data, "with_data")
-
-        def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return create_view(
-                prepared.view,
+        return self._run(
+            self._operations.create(
                 definition,
-                prepared.server,
-                prepared.report,
-                politely=lambda attempt: politely(prepared.view, prepared.patience, attempt),
                 force=force,
                 with_data=with_data,
-                row_counts=counting,
+                row_count_strategy=row_count_strategy,
+                session_settings=session_settings,
+                if_locked=if_locked,
+                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
             )
-
-        settings = check_session_settings(session_settings or {})
-        request: dict[str, Any] = {"force": force, "with_data": with_data, "row_count_strategy": counting.value}
-        request["session_settings"] = settings
-        patience = Patience(lock_timeout, max_wait)
-        return self._record(Operation.CREATE, definition, request, if_locked, patience, service, settings)
+        )
 
     def refresh(
         self,
@@ -212,8 +210,10 @@ class MatViewHook(PostgresHook):
         vacuum: bool = False,
         session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
-        lock_timeout: float = 1.0,
-        max_wait: float = 600.0,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> ServiceResponse:
         """Refresh a view, declared or not.
 
@@ -225,46 +225,28 @@ class MatViewHook(PostgresHook):
         :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
         :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
-        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-        :param max_wait: seconds after which waiting for locks ends in failure.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the
+            definition says, which is 1 where it says nothing.
+        :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+        :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+        :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
         :returns: the response: ``updated``, or ``skipped`` with ``if_locked="skip"``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-        asked = None if refresh_strategy is None else choice(RefreshStrategy, refresh_strategy, "refresh_strategy")
-        counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
-
-        def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return refresh_view(
-                prepared.view,
-                prepared.server,
-                prepared.report,
-                strategy=asked or prepared.record.refresh_strategy,
-                row_counts=counting,
-                unique_index_columns=prepared.record.unique_index_columns,
-                patience=prepared.patience,
-                history=lambda: self._ledger().past_refreshes(prepared.record.id),
+        return self._run(
+            self._operations.refresh(
+                view_or_definition,
+                refresh_strategy=refresh_strategy,
+                row_count_strategy=row_count_strategy,
                 max_bloat=max_bloat,
                 analyze=analyze,
                 vacuum=vacuum,
+                session_settings=session_settings,
+                if_locked=if_locked,
+                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
             )
-
-        if isinstance(max_bloat, bool) or not isinstance(max_bloat, (int, float)) or not 1 < max_bloat < math.inf:
-            raise InvalidDefinition(f"max_bloat={max_bloat!r} is not a number above 1 (1e9 for never).")
-        check_flag(vacuum, "vacuum")
-        if analyze is not None:
-            check_flag(analyze, "analyze")
-        settings = check_session_settings(session_settings or {})
-        request = {
-            "refresh_strategy": asked and asked.value,
-            "row_count_strategy": counting.value,
-            "analyze": analyze,
-            "vacuum": vacuum,
-            "max_bloat": max_bloat,
-            "session_settings": settings,
-        }
-        patience = Patience(lock_timeout, max_wait)
-        return self._record(Operation.REFRESH, view_or_definition, request, if_locked, patience, service, settings)
+        )
 
     def delete(
         self,
@@ -273,8 +255,10 @@ class MatViewHook(PostgresHook):
         cascade: bool = False,
         force: bool = False,
         if_locked: IfLocked | str = IfLocked.WAIT,
-        lock_timeout: float = 1.0,
-        max_wait: float = 600.0,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> ServiceResponse:
         """Drop a view; ``skipped`` when it does not stand. Its definition row and its history stay.
 
@@ -282,28 +266,49 @@ class MatViewHook(PostgresHook):
         :param cascade: drop what is built on it too; all of it is named in the log and the response.
         :param force: drop a view that is not managed.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
-        :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-        :param max_wait: seconds after which waiting for locks ends in failure.
+        :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the
+            definition says, which is 1 where it says nothing.
+        :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+        :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+        :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
         :returns: the response: ``deleted`` or ``skipped``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-
-        def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return delete_view(
-                prepared.view,
-                prepared.server,
-                prepared.report,
-                managed=prepared.record.managed,
+        return self._run(
+            self._operations.delete(
+                view_or_definition,
                 cascade=cascade,
                 force=force,
+                if_locked=if_locked,
+                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
             )
+        )
 
-        check_flag(cascade, "cascade")
-        check_flag(force, "force")
-        request = {"cascade": cascade, "force": force}
-        patience = Patience(lock_timeout, max_wait)
-        return self._record(Operation.DROP, view_or_definition, request, if_locked, patience, service)
+    async def acreate(self, definition: MatViewDefinition, **arguments: Any) -> ServiceResponse:
+        """Do as :meth:`create` does, on asynchronous connections.
+
+        For a triggerer: the hook is then built with ``connection=``, which it would otherwise look up blocking.
+
+        :param arguments: those of :meth:`create`, and ``deferral``: what all copies of one deferred operation have
+            in common, of which one is carried out.
+        """
+        return await self._arun(lambda: self._operations.create(definition, **_with_timeouts(arguments)))
+
+    async def arefresh(self, view_or_definition: str | MatViewDefinition, **arguments: Any) -> ServiceResponse:
+        """Do as :meth:`refresh` does, on asynchronous connections; see :meth:`acreate`."""
+        return await self._arun(lambda: self._operations.refresh(view_or_definition, **_with_timeouts(arguments)))
+
+    def reap(self) -> list[int]:
+        """Mark every run that says ``running`` and is not as failed (``RunLost``).
+
+        The next operation on a view does it by itself; this is for views on which there is none. A live run is never
+        taken for a lost one: its view's lock is held, which any role can test.
+
+        :returns: the ids of the runs that were marked.
+        :raises MissingPrivilege: when the role may not use the run tables.
+        """
+        return self._read(reap_runs(self._ledger))
 
     def runs(self, view: str | None = None, *, limit: int = 20) -> list[Run]:
         """Return the latest runs, newest first.
@@ -315,7 +320,7 @@ class MatViewHook(PostgresHook):
         if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
             raise InvalidDefinition(f"limit={limit!r} is not a positive number of runs.")
         name = None if view is None else ViewName.parse(view)
-        ledger = self._ledger()
+        ledger = self._ledger
 
         def read() -> Work[list[Run]]:
             yield from ensure_schema(self.tracking_schema)
@@ -334,7 +339,7 @@ class MatViewHook(PostgresHook):
 
         def read() -> Work[list[DefinitionRecord]]:
             yield from ensure_schema(self.tracking_schema)
-            return (yield from self._ledger().definitions())
+            return (yield from self._ledger.definitions())
 
         return self._read(read())
 
@@ -344,7 +349,7 @@ class MatViewHook(PostgresHook):
         :raises ViewNotFound: when no materialized view of this name stands.
         """
         name = ViewName.parse(view)
-        ledger = self._ledger()
+        ledger = self._ledger
 
         def read() -> Work[ViewDescription]:
             resolved = yield from catalog.resolve(name)
@@ -368,10 +373,19 @@ class MatViewHook(PostgresHook):
 
         return self._read(read())
 
-    def cancel(self) -> None:
-        """Stop the operation that runs now: its statement is cancelled on the server and everything undone."""
-        if self._driver is not None:
-            self._driver.cancel()
+    def cancel(self, reason: str = "cancel() was called") -> bool:
+        """Stop the operation that runs now: its statement is cancelled on the server and everything undone.
+
+        It then raises :class:`OperationCancelled`. Safe in a signal handler and, for a blocking operation, in another
+        thread.
+
+        :param reason: by whom or what, for the record.
+        :returns: whether there was one.
+        """
+        if self._driver is None:
+            return False
+        self._driver.cancel(reason)
+        return True
 
     def asset_uri(self, view: str) -> str:
         """Return the URI of a view as an Airflow asset: ``postgres://host:port/database/schema/view``.
@@ -386,26 +400,21 @@ class MatViewHook(PostgresHook):
         )
         return f"postgres://{connection.host or 'localhost'}:{connection.port or 5432}/{path}"
 
-    def _record(
-        self,
-        operation: Operation,
-        view_or_definition: str | MatViewDefinition,
-        request: dict[str, Any],
-        if_locked: IfLocked | str,
-        patience: Patience,
-        service: Callable[[Prepared], Work[ServiceResponse]],
-        session_settings: Mapping[str, ParameterValue] | None = None,
-    ) -> ServiceResponse:
-        locked = choice(IfLocked, if_locked, "if_locked")
-        if isinstance(view_or_definition, MatViewDefinition):
-            subject = Subject(view_or_definition.view, view_or_definition)
-        else:
-            subject = Subject(ViewName.parse(view_or_definition))
-        terms = Terms(locked, patience, {**request, "if_locked": locked.value}, self.context, session_settings or {})
+    def _run(self, work: Work[_T]) -> _T:
         with Driver(self._open, self.log) as driver:
             self._driver = driver
             try:
-                return driver.run(record_run(operation, subject, self._ledger(), terms, service))
+                return driver.run(work)
+            finally:
+                self._driver = None
+
+    async def _arun(self, make: Callable[[], Work[_T]]) -> _T:
+        # In a thread: asking the Airflow connection for its extras may wait for the supervisor.
+        work = await asyncio.to_thread(make)
+        async with AsyncDriver(self._aopen, self.log) as driver:
+            self._driver = driver
+            try:
+                return await driver.run(work)
             finally:
                 self._driver = None
 
@@ -416,6 +425,23 @@ class MatViewHook(PostgresHook):
     def _open(self) -> psycopg.Connection[Any]:
         return cast("psycopg.Connection[Any]", self.get_conn())
 
+    async def _aopen(self) -> psycopg.AsyncConnection[Any]:
+        # How to connect is PostgresHook's business, and get_conn() its only stable way in: it opens one connection, and
+        # ours is opened as that one was. Learnt anew after a while, since passwords of IAM run out.
+        if self._conninfo is None or time.monotonic() - self._learnt > _CONNINFO_KEEPS:
+            self._conninfo = await asyncio.to_thread(self._learn_conninfo)
+            self._learnt = time.monotonic()
+        return await psycopg.AsyncConnection.connect(self._conninfo)
+
+    def _learn_conninfo(self) -> str:
+        with self._open() as connection:
+            return conninfo_of(connection)
+
+    @cached_property
+    def _operations(self) -> Operations:
+        return Operations(self._ledger, self.context, self.longest)
+
+    @cached_property
     def _ledger(self) -> Ledger:
         secrets = self._secrets()
 
@@ -459,6 +485,10 @@ class MatViewHook(PostgresHook):
         connection.extra = json.dumps(extra)
         self._connection = connection
 
+    def redact(self, text: str) -> str:
+        """Return text without the secrets of the connection."""
+        return self._ledger.redact(text)
+
     @property
     def application_name(self) -> str:
         """What pg_stat_activity shows: DAG, task and run, at most 63 bytes of ASCII."""
@@ -467,6 +497,18 @@ class MatViewHook(PostgresHook):
         # The server turns anything but ASCII into question marks.
         ascii_name = name.encode("ascii", "replace").decode()
         return ascii_name[:_APPLICATION_NAME_BYTES]
+
+
+def _timeouts(
+    lock_timeout: float | None, max_wait: float | None, statement_timeout: float | None, timeout: float | None
+) -> Timeouts:
+    return Timeouts(lock_timeout=lock_timeout, max_wait=max_wait, statement_timeout=statement_timeout, timeout=timeout)
+
+
+def _with_timeouts(arguments: dict[str, Any]) -> dict[str, Any]:
+    names = ("lock_timeout", "max_wait", "statement_timeout", "timeout")
+    rest = {name: value for name, value in arguments.items() if name not in names}
+    return {**rest, "timeouts": Timeouts(**{name: arguments[name] for name in names if name in arguments})}
 
 
 __all__ = ["MatViewError", "MatViewHook", "ViewDescription"]

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
+from uuid import uuid4
 
-from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, AssetAlias, BaseOperator
+from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, AssetAlias, BaseOperator, conf
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.outcome import log_error, log_statements, stood_back, summary, unpack_error
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.timeouts import Timeouts
+from airflow_provider_matviews.triggers.matview import MatViewTrigger
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
+
+
+#: A deferred operation for which no limit is given ends after a day: Airflow itself would leave it for ever.
+LONGEST_DEFERRAL = timedelta(days=1).total_seconds()
+#: Of execution_timeout, what is left for the server to stop and for the record, before Airflow ends the process.
+_SHARE_LEFT, _MOST_LEFT = 0.1, 5.0
+#: Seconds after its own deadline when Airflow ends a deferred operation that has not been heard of.
+_GRACE = 60.0
+_STOPPED = (
+    "Airflow stopped the task (it was marked or cleared, its DAG run ended or timed out, or its worker was shut down)"
+)
 
 
 class _MatViewOperator(BaseOperator):
@@ -32,8 +49,10 @@ class _MatViewOperator(BaseOperator):
         conn_id: str = "postgres_default",
         tracking_schema: str = "matviews",
         if_locked: str = "wait",
-        lock_timeout: float = 1.0,
-        max_wait: float = 600.0,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -44,6 +63,8 @@ class _MatViewOperator(BaseOperator):
         self.if_locked = if_locked
         self.lock_timeout = lock_timeout
         self.max_wait = max_wait
+        self.statement_timeout = statement_timeout
+        self.timeout = timeout
         self._hook: MatViewHook | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -53,36 +74,51 @@ class _MatViewOperator(BaseOperator):
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-        hook = self._hook = MatViewHook(
-            postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=_whose(context)
-        )
+        hook = self._hook = self._make_hook(context)
         try:
             response = self._perform(hook)
         except Exception as error:
-            self.log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
-            so_far = getattr(error, "response", None)
-            if isinstance(so_far, ServiceResponse):
-                self._log_statements(so_far)
+            log_error(self.log, error)
             raise
         finally:
             self._hook = None
-        self._log_statements(response)
-        summary = _summary(response)
-        if response.response.get("locked"):
-            raise AirflowSkipException(f"{summary['view']}: {response.response['reason']}.")
-        self._emit_events(context, hook, summary)
-        return summary
+        log_statements(self.log, response)
+        return self._conclude(context, hook, summary(response), stood_back(response))
 
     def on_kill(self) -> None:
         """Stop the statement on the server; what it had done is undone there."""
         if self._hook is not None:
-            self._hook.cancel()
+            self._hook.cancel(_STOPPED)
+
+    def _make_hook(self, context: Context) -> MatViewHook:
+        return MatViewHook(postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=_whose(context))
+
+    def _conclude(
+        self, context: Context, hook: MatViewHook, summary: dict[str, Any], stood_back: bool
+    ) -> dict[str, Any]:
+        if stood_back:
+            raise AirflowSkipException(f"{summary['view']}: {summary['reason']}.")
+        self._emit_events(context, hook, summary)
+        return summary
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
         raise NotImplementedError
 
     def _terms(self) -> dict[str, Any]:
-        return {"if_locked": self.if_locked, "lock_timeout": self.lock_timeout, "max_wait": self.max_wait}
+        return {
+            "if_locked": self.if_locked,
+            "lock_timeout": self.lock_timeout,
+            "max_wait": self.max_wait,
+            "statement_timeout": self.statement_timeout,
+            "timeout": self.timeout,
+        }
+
+    def _longest(self) -> float | None:
+        """Return the seconds after which the server is stopped, so that Airflow need not end the process."""
+        if self.execution_timeout is None:
+            return None
+        seconds = self.execution_timeout.total_seconds()
+        return seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT)
 
     def _declared(self) -> MatViewDefinition | None:
         if self.definition is None:
@@ -99,16 +135,6 @@ class _MatViewOperator(BaseOperator):
             raise InvalidDefinition("Which view? Give view='schema.view' or definition=MatViewDefinition(...).")
         return subject
 
-    def _log_statements(self, response: ServiceResponse) -> None:
-        facts = response.response
-        if not facts["sql"]:
-            return
-        count = len(facts["sql"])
-        self.log.info("::group::The %s statement%s, with the time of each", count, "" if count == 1 else "s")
-        for statement, step in zip(facts["sql"], facts["steps"], strict=True):
-            self.log.info("%9.1f ms  %s", step["ms"], statement)
-        self.log.info("::endgroup::")
-
     def _emit_events(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> None:
         for outlet in self.outlets:
             if isinstance(outlet, AssetAlias):
@@ -118,7 +144,73 @@ class _MatViewOperator(BaseOperator):
                 context["outlet_events"][outlet].extra.update(summary)
 
 
-class CreateMatViewOperator(_MatViewOperator):
+class _DeferrableMatViewOperator(_MatViewOperator):
+    """What those share that can also run in the triggerer."""
+
+    def __init__(
+        self,
+        *,
+        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
+        cancel_on_kill: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.deferrable = deferrable
+        self.cancel_on_kill = cancel_on_kill
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Do it, here or in the triggerer, and return a summary for XCom.
+
+        :raises AirflowSkipException: when another operation on the view ran and ``if_locked="skip"``.
+        :raises TaskDeferred: when the triggerer is to do it.
+        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
+        :raises psycopg.Error: what PostgreSQL says.
+        """
+        if self.deferrable:
+            self._defer(context)
+        return super().execute(context)
+
+    def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
+        """Go on where the trigger has ended.
+
+        :raises AirflowSkipException: as of :meth:`execute`.
+        :raises MatViewError: as of :meth:`execute`.
+        :raises psycopg.Error: as of :meth:`execute`.
+        """
+        if "error" in event:
+            error = unpack_error(event["error"])
+            log_error(self.log, error)
+            raise error
+        return self._conclude(context, self._make_hook(context), event["summary"], event["stood_back"])
+
+    def _deferred(self) -> tuple[Literal["create", "refresh"], str | MatViewDefinition, dict[str, Any]]:
+        """Return what the triggerer is to do: the operation, on what, and how."""
+        raise NotImplementedError
+
+    def _defer(self, context: Context) -> NoReturn:
+        operation, subject, arguments = self._deferred()
+        names = ("lock_timeout", "max_wait", "statement_timeout", "timeout")
+        # Refused here and not only in the triggerer.
+        limits = Timeouts(**{name: arguments[name] for name in names})
+        given = [each for each in (limits.timeout, self._longest()) if each is not None]
+        seconds = min(given, default=LONGEST_DEFERRAL)
+        trigger = MatViewTrigger(
+            operation=operation,
+            subject=subject if isinstance(subject, str) else subject.to_dict(),
+            arguments=arguments,
+            conn_id=self.conn_id,
+            tracking_schema=self.tracking_schema,
+            context=_whose(context),
+            deferral=str(uuid4()),
+            deadline=time.time() + seconds,
+            timeout=seconds,
+            cancel_on_kill=self.cancel_on_kill,
+        )
+        self.log.info("Deferred: the triggerer carries out the %s, for %g s at the most.", operation, seconds)
+        self.defer(trigger=trigger, method_name="execute_complete", timeout=timedelta(seconds=seconds + _GRACE))
+
+
+class CreateMatViewOperator(_DeferrableMatViewOperator):
     """Create a materialized view as its definition says; leave it as it is when it stands.
 
     :param definition: what the view should be, a :class:`MatViewDefinition` or its ``to_dict()``.
@@ -133,8 +225,15 @@ class CreateMatViewOperator(_MatViewOperator):
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
     :param if_locked: while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
-    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-    :param max_wait: seconds after which waiting for locks ends in failure.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the definition
+        says, which is 1 where it says nothing.
+    :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+    :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+    :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
+        ``execution_timeout`` is given it never takes longer than a little less than that.
+    :param deferrable: whether the triggerer carries it out, without a worker's slot; by
+        default ``[operators] default_deferrable``.
+    :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
     """
 
     template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "sql")
@@ -166,14 +265,19 @@ class CreateMatViewOperator(_MatViewOperator):
         self.session_settings = session_settings
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
-        return hook.create(
-            self._whole_definition(),
-            force=self.force,
-            with_data=self.with_data,
-            row_count_strategy=self.row_count_strategy,
-            session_settings=self.session_settings,
+        return hook.create(self._whole_definition(), **self._arguments())
+
+    def _deferred(self) -> tuple[Literal["create", "refresh"], str | MatViewDefinition, dict[str, Any]]:
+        return "create", self._whole_definition(), self._arguments()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "force": self.force,
+            "with_data": self.with_data,
+            "row_count_strategy": self.row_count_strategy,
+            "session_settings": self.session_settings,
             **self._terms(),
-        )
+        }
 
     def _whole_definition(self) -> MatViewDefinition:
         declared = self._declared()
@@ -199,7 +303,7 @@ class CreateMatViewOperator(_MatViewOperator):
         return definition
 
 
-class RefreshMatViewOperator(_MatViewOperator):
+class RefreshMatViewOperator(_DeferrableMatViewOperator):
     """Refresh a materialized view, declared or not.
 
     :param view: the view's name. (templated)
@@ -213,8 +317,15 @@ class RefreshMatViewOperator(_MatViewOperator):
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
     :param if_locked: while another operation on the view runs: ``wait``, ``skip`` (the task is skipped) or ``fail``.
-    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-    :param max_wait: seconds after which waiting for locks ends in failure.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the definition
+        says, which is 1 where it says nothing.
+    :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+    :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+    :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
+        ``execution_timeout`` is given it never takes longer than a little less than that.
+    :param deferrable: whether the triggerer carries it out, without a worker's slot; by
+        default ``[operators] default_deferrable``.
+    :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
     """
 
     template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "refresh_strategy")
@@ -239,16 +350,21 @@ class RefreshMatViewOperator(_MatViewOperator):
         self.session_settings = session_settings
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
-        return hook.refresh(
-            self._subject(),
-            refresh_strategy=self.refresh_strategy,
-            row_count_strategy=self.row_count_strategy,
-            max_bloat=self.max_bloat,
-            analyze=self.analyze,
-            vacuum=self.vacuum,
-            session_settings=self.session_settings,
+        return hook.refresh(self._subject(), **self._arguments())
+
+    def _deferred(self) -> tuple[Literal["create", "refresh"], str | MatViewDefinition, dict[str, Any]]:
+        return "refresh", self._subject(), self._arguments()
+
+    def _arguments(self) -> dict[str, Any]:
+        return {
+            "refresh_strategy": self.refresh_strategy,
+            "row_count_strategy": self.row_count_strategy,
+            "max_bloat": self.max_bloat,
+            "analyze": self.analyze,
+            "vacuum": self.vacuum,
+            "session_settings": self.session_settings,
             **self._terms(),
-        )
+        }
 
 
 class DeleteMatViewOperator(_MatViewOperator):
@@ -261,8 +377,12 @@ class DeleteMatViewOperator(_MatViewOperator):
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
     :param if_locked: while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
-    :param lock_timeout: seconds for which readers may queue behind one attempt to lock.
-    :param max_wait: seconds after which waiting for locks ends in failure.
+    :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the definition
+        says, which is 1 where it says nothing.
+    :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
+    :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
+    :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
+        ``execution_timeout`` is given it never takes longer than a little less than that.
     """
 
     def __init__(self, *, cascade: bool = False, force: bool = False, **kwargs: Any) -> None:
@@ -277,17 +397,3 @@ class DeleteMatViewOperator(_MatViewOperator):
 def _whose(context: Context) -> dict[str, Any]:
     task_instance = context["ti"]
     return {key: getattr(task_instance, key) for key in ("dag_id", "task_id", "run_id", "map_index", "try_number")}
-
-
-def _summary(response: ServiceResponse) -> dict[str, Any]:
-    facts = response.response
-    return {
-        "view": facts["view"],
-        "status": response.status,
-        "strategy": facts["strategy"],
-        "row_count_before": facts["row_count_before"],
-        "row_count_after": facts["row_count_after"],
-        "duration_ms": response.duration_ms,
-        "reason": facts.get("reason"),
-        "mat_view_run_id": response.run_id,
-    }

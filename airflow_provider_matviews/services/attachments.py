@@ -86,7 +86,8 @@ _ATTACHMENTS = sql.SQL(
     FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
     WHERE a.attrelid = %(oid)s AND a.attnum > 0 AND NOT a.attisdropped
       AND (a.attstorage <> t.typstorage OR a.attcompression <> '' OR coalesce(a.attstattarget, -1) >= 0
-           OR a.attoptions IS NOT NULL)
+           -- What the server keeps there itself is nobody's setting: pg_attver, since PostgreSQL 15.20.
+           OR EXISTS (SELECT FROM unnest(a.attoptions) AS option WHERE NOT starts_with(option, 'pg_')))
     UNION ALL
     SELECT 'index setting', i.relname::text,
            format('statistics target of column %%s of index %%I', a.attnum, i.relname)

@@ -31,9 +31,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What an operation has to know of the server and of its own role."""
+    """What an operation has to know of the server and of its own role.
+
+    :ivar pid: the server's process; behind a transaction pooler, as long as the transaction lasts.
+    """
 
     version: int
+    pid: int
     role: str
     database: str
     search_path: str
@@ -149,8 +153,9 @@ def arrive(
         sql.SQL(
             """
             SELECT ARRAY[{settings}]::text[] AS settings,
-                   current_setting('server_version_num')::integer AS version, current_user::text AS role,
-                   current_database()::text AS database, current_setting('search_path') AS search_path,
+                   current_setting('server_version_num')::integer AS version, pg_backend_pid() AS pid,
+                   current_user::text AS role, current_database()::text AS database,
+                   current_setting('search_path') AS search_path,
                    pg_catalog.pg_is_in_recovery() AS in_recovery,
                    current_setting('transaction_read_only')::boolean AS read_only,
                    current_setting('track_counts')::boolean AS track_counts,

@@ -1,16 +1,19 @@
 """Runs services on blocking psycopg connections.
 
 The driver performs what a service yields and throws into it what goes wrong, so that the service's own
-clean-up runs whatever happens: an error of the server, Ctrl-C, Airflow's task timeout.
+clean-up runs whatever happens: an error of the server, Ctrl-C, Airflow's task timeout. ``execute_async.py`` holds
+its twin for an event loop; what services do is written once, for both.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from itertools import chain, repeat
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -21,21 +24,22 @@ from psycopg.rows import dict_row
 
 from airflow_provider_matviews.services.instructions import (
     Command,
+    Deadline,
     Instruction,
     Note,
     Pause,
     Query,
     Result,
     Session,
+    Watch,
     Work,
 )
+from airflow_provider_matviews.services.stopping import CANCEL_TIMEOUT, LIMITED_LOOK, PACE, Stop, conninfo_of
 
 _T = TypeVar("_T")
 
-#: Seconds that asking the server to cancel may take; an unreachable server must not hold up the task's end.
-CANCEL_TIMEOUT = 5.0
 #: Seconds after which a connection is asked whether it is still there before it is given something to do.
-_IDLE_LONG = 0.25
+IDLE_LONG = 0.25
 
 
 class Driver:
@@ -44,16 +48,23 @@ class Driver:
     :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
         ``Session.RECORD`` when the first one broke.
     :param log: where a service's notes go.
+    :param pace: seconds between the looks at an operation that takes long; the last one goes on.
     """
 
-    def __init__(self, connect: Callable[[], psycopg.Connection[Any]], log: logging.Logger | Any | None = None) -> None:
+    def __init__(
+        self,
+        connect: Callable[[], psycopg.Connection[Any]],
+        log: logging.Logger | Any | None = None,
+        pace: Sequence[float] = PACE,
+    ) -> None:
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
+        self._pace = pace
         self._connections: dict[Session, psycopg.Connection[Any]] = {}
-        self._cancelled = False
+        self._stop = Stop()
         # Not a threading.Event: its lock could be held by the very thread that a signal handler interrupts.
         self._wake: SimpleQueue[None] = SimpleQueue()
-        self._cancellation_told = False
+        self._watchman: _Watchman | None = None
         self._last_used = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -70,15 +81,15 @@ class Driver:
             connection.close()
         self._connections.clear()
 
-    def cancel(self) -> None:
+    def cancel(self, reason: str = "cancel() was called") -> None:
         """Ask the server to cancel what runs for the operation. Safe in a signal handler or another thread.
 
-        The service then fails with ``psycopg.errors.QueryCanceled``, rolls back and records it.
+        The service then fails with :class:`OperationCancelled`, rolls back and records it.
+
+        :param reason: by whom or what, for the record.
         """
-        self._cancelled = True
-        self._wake.put(None)
-        if connection := self._connections.get(Session.WORK):
-            _cancel(connection)
+        self._stop.request(reason)
+        self._interrupt()
 
     def run(self, work: Work[_T]) -> _T:
         """Run a service to its end and return what it returns.
@@ -86,62 +97,98 @@ class Driver:
         :raises BaseException: whatever the service lets through.
         """
         result, error = Result(), None
-        while True:
-            try:
-                instruction = work.send(_initial(work, result)) if error is None else work.throw(error)
-                error = None
-                result = self._perform(instruction)
-            except StopIteration as stop:
-                value: _T = stop.value
-                return value
-            except BaseException as raised:
-                if inspect.getgeneratorstate(work) == inspect.GEN_CLOSED:
-                    raise
-                error = raised
+        try:
+            while True:
+                try:
+                    instruction = work.send(initial(work, result)) if error is None else work.throw(error)
+                    error = None
+                    result = self._perform(instruction)
+                except StopIteration as stop:
+                    value: _T = stop.value
+                    return value
+                except BaseException as raised:
+                    if inspect.getgeneratorstate(work) == inspect.GEN_CLOSED:
+                        raise
+                    error = raised
+        finally:
+            if self._watchman is not None:
+                self._watchman.dismiss()
+                self._watchman = None
+
+    def time_out(self, deadline: Deadline) -> None:
+        """Stop whatever runs, because time is up."""
+        self._stop.time_out(deadline)
+        self._interrupt()
+
+    def tell(self, message: str, *, warning: bool = False) -> None:
+        """Log a line. Whatever becomes of it, the operation goes on."""
+        with suppress(Exception):
+            (self._log.warning if warning else self._log.info)("%s", message)
+
+    def look(self, watch: Watch) -> str | None:
+        """Have a look at a statement that runs, from another connection; None where there is nothing to say."""
+        connection = self._connections.get(Session.WORK)
+        if watch.look is None or connection is None or not _busy(connection):
+            return None
+        try:
+            with psycopg.connect(conninfo_of(connection), autocommit=True) as beside, beside.transaction():
+                _fetch(beside, LIMITED_LOOK, None)
+                return _run_on(beside, watch.look())
+        except Exception as error:
+            self._log.debug("No look at the operation: %s", type(error).__name__)
+            return None
+
+    def _interrupt(self) -> None:
+        self._wake.put(None)
+        if connection := self._connections.get(Session.WORK):
+            _cancel(connection)
 
     def _perform(self, instruction: Instruction) -> Result:
-        if self._cancelled and not self._cancellation_told and not isinstance(instruction, Note):
+        if self._stop.requested and not self._stop.told and not isinstance(instruction, Note):
             # cancel() came while nothing ran on the server. Told once: the clean-up has to get through. Not at a
             # note: after COMMIT there are only notes, and it is too late.
-            self._cancellation_told = True
-            raise psycopg.errors.QueryCanceled("cancelled between two statements")
+            raise self._stop.tell()
         match instruction:
             case Query(statement, parameters, session):
                 return self._execute(session, statement, parameters)
             case Command(statement, session):
                 return self._execute(session, statement, None)
             case Pause(seconds):
-                # Not time.sleep(): cancel() ends the pause, and with it the wait.
-                try:
-                    self._wake.get(timeout=seconds)
-                except Empty:
-                    return Result()
-                self._cancellation_told = True
-                raise psycopg.errors.QueryCanceled("cancelled while waiting")
+                self._wait(seconds)
             case Note(message, warning):
-                (self._log.warning if warning else self._log.info)("%s", message)
+                self.tell(message, warning=warning)
+            case Watch() | Deadline():
+                self._watchman = self._watchman or _Watchman(self, self._pace)
+                self._watchman.order(instruction)
         return Result()
+
+    def _wait(self, seconds: float) -> None:
+        if self._stop.told:
+            time.sleep(seconds)
+            return
+        # Not time.sleep(): cancel() ends the pause, and with it the wait.
+        with suppress(Empty):
+            self._wake.get(timeout=seconds)
+            raise self._stop.tell()
 
     def _execute(self, session: Session, statement: Any, parameters: Any) -> Result:
         connection = self._connection(session)
         if session is Session.RECORD:
             self._last_used = time.monotonic()
         try:
-            with connection.cursor(row_factory=dict_row) as cursor:
-                # The binary format makes psycopg use the extended protocol without parameters too, and does not
-                # depend on the session's DateStyle.
-                cursor.execute(statement, parameters, binary=True, prepare=False)
-                return Result(cursor.fetchall() if cursor.description else [])
-        except psycopg.errors.QueryCanceled:
-            self._cancellation_told = True
-            raise
+            return _fetch(connection, statement, parameters)
+        except psycopg.errors.QueryCanceled as error:
+            stopped = self._stop.instead_of(error)
+            if stopped is error:
+                raise
+            raise stopped from error
         except psycopg.Error:
             raise
         except BaseException:
             # Something other than the server ended the wait (a signal, a timeout): the statement still runs
             # there and would run on, and even commit, after a mere close() (measured).
             _cancel(connection)
-            if connection.info.transaction_status is TransactionStatus.ACTIVE:
+            if _busy(connection):
                 connection.close()
             raise
 
@@ -163,7 +210,7 @@ class Driver:
         if connection.closed:
             return False
         idle = time.monotonic() - self._last_used
-        if idle < _IDLE_LONG or connection.info.transaction_status is not TransactionStatus.IDLE:
+        if idle < IDLE_LONG or connection.info.transaction_status is not TransactionStatus.IDLE:
             return True
         try:
             connection.execute("SELECT 1", prepare=False)
@@ -172,11 +219,88 @@ class Driver:
         return True
 
 
-def _initial(work: Work[Any], result: Result) -> Any:
+class _Watchman(threading.Thread):
+    """Does beside a blocked driver what cannot wait for it: looks at it now and then, and ends it in time.
+
+    Talks to the server on connections of its own, and to the driver as a signal handler does.
+    """
+
+    def __init__(self, driver: Driver, pace: Sequence[float]) -> None:
+        super().__init__(name="matviews-watchman", daemon=True)
+        self._driver = driver
+        self._pauses = chain(pace, repeat(pace[-1]))
+        self._orders: SimpleQueue[Watch | Deadline | None] = SimpleQueue()
+        self._dismissed = False
+
+    def order(self, order: Watch | Deadline) -> None:
+        """Hand over what to watch, or until when."""
+        self._orders.put(order)
+        if self.ident is None:
+            self.start()
+
+    def dismiss(self) -> None:
+        """Send it home. It is not waited for: it may be in the middle of a look, which then says nothing."""
+        self._dismissed = True
+        self._orders.put(None)
+
+    def run(self) -> None:
+        """Watch until dismissed."""
+        watch, deadline, look_at = Watch(None), None, float("inf")
+        while not self._dismissed:
+            next_at = min(look_at, deadline.at if deadline else float("inf"))
+            try:
+                wait = None if next_at == float("inf") else max(0.0, next_at - time.monotonic())
+                order = self._orders.get(timeout=wait)
+            except Empty:
+                pass
+            else:
+                if isinstance(order, Deadline):
+                    deadline = order
+                elif isinstance(order, Watch):
+                    watch = order
+                    look_at = float("inf") if watch.look is None else time.monotonic() + next(self._pauses)
+                continue
+            if deadline is not None and time.monotonic() >= deadline.at:
+                self._driver.time_out(deadline)
+                deadline = None
+            else:
+                line = self._driver.look(watch)
+                look_at = time.monotonic() + next(self._pauses)
+                if line is not None and not self._dismissed:
+                    self._driver.tell(line)
+
+
+def initial(work: Work[Any], result: Result) -> Any:
+    """Return what a generator is to be sent next: the first time it takes nothing."""
     return None if inspect.getgeneratorstate(work) == inspect.GEN_CREATED else result
 
 
+def _fetch(connection: psycopg.Connection[Any], statement: Any, parameters: Any) -> Result:
+    with connection.cursor(row_factory=dict_row) as cursor:
+        # The binary format makes psycopg use the extended protocol without parameters too, and does not
+        # depend on the session's DateStyle.
+        cursor.execute(statement, parameters, binary=True, prepare=False)
+        return Result(cursor.fetchall() if cursor.description else [])
+
+
+def _run_on(connection: psycopg.Connection[Any], work: Work[_T]) -> _T:
+    """Run work that only asks, on one connection."""
+    result = Result()
+    while True:
+        try:
+            instruction = work.send(initial(work, result))
+        except StopIteration as stop:
+            value: _T = stop.value
+            return value
+        if isinstance(instruction, Query):
+            result = _fetch(connection, instruction.statement, instruction.parameters)
+
+
+def _busy(connection: psycopg.Connection[Any]) -> bool:
+    return not connection.closed and connection.info.transaction_status is TransactionStatus.ACTIVE
+
+
 def _cancel(connection: psycopg.Connection[Any]) -> None:
-    if not connection.closed and connection.info.transaction_status is TransactionStatus.ACTIVE:
+    if _busy(connection):
         with suppress(psycopg.Error):
             connection.cancel_safe(timeout=CANCEL_TIMEOUT)

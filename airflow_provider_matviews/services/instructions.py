@@ -7,7 +7,7 @@ drivers. An error of an instruction is thrown into the service at its ``yield``.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -78,13 +78,36 @@ class Note:
 
 
 @dataclass(frozen=True, slots=True)
+class Deadline:
+    """From when on whatever runs is to be stopped.
+
+    :param at: the moment, by ``time.monotonic()``.
+    :param seconds: how long the operation was given in all, for the story.
+    """
+
+    at: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Have somebody look at the operation now and then while a statement of it takes long.
+
+    :param look: makes the work of one look, which returns a line for the task log, or None. It runs on a connection
+        of its own, and whatever goes wrong in it is nothing to the operation. None: nobody looks any more.
+    """
+
+    look: Callable[[], Work[str | None]] | None
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """What came of an instruction: the rows of a query, each a dict."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-Instruction = Query | Command | Pause | Note
+Instruction = Query | Command | Pause | Note | Deadline | Watch
 _T = TypeVar("_T")
 #: A service, or a part of one, that ends with a ``_T``.
 Work = Generator[Instruction, Result, _T]

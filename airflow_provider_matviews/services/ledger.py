@@ -96,6 +96,11 @@ class DefinitionRecord:
         """The settings that the definition declares."""
         return dict(self.declaration.get("session_settings", {}))
 
+    @property
+    def timeouts(self) -> dict[str, float]:
+        """The limits that the definition declares, in seconds."""
+        return dict(self.declaration.get("timeouts", {}))
+
 
 @dataclass(frozen=True)
 class Run:
@@ -310,6 +315,44 @@ class Ledger:
         assert row is not None
         return int(row["id"]), list(row["orphans"])
 
+    def views_with_running(self) -> Work[list[tuple[int, ResolvedName]]]:
+        """Return the definition's id and the view of every run that says ``running``, be it alive or not."""
+        rows = yield from fetch_all(
+            sql.SQL(
+                "SELECT DISTINCT d.id, d.schema_name, d.view_name, d.name FROM {} r JOIN {} d "
+                "ON d.id = r.mat_view_definition_id WHERE r.status = {} ORDER BY d.id"
+            ).format(
+                self._table("mat_view_runs"), self._table("mat_view_definitions"), sql.Literal(int(RunStatus.RUNNING))
+            ),
+            (),
+            Session.RECORD,
+        )
+        return [(row["id"], ResolvedName(row["schema_name"], row["view_name"], row["name"])) for row in rows]
+
+    def lose(self, definition_id: int) -> Work[list[int]]:
+        """Mark the runs of a view that say ``running`` as failed (``RunLost``); the caller holds the view's lock."""
+        rows = yield from fetch_all(
+            sql.SQL(
+                "UPDATE {} SET status = %s, finished_at = clock_timestamp(), updated_at = clock_timestamp(), "
+                "error = %s WHERE mat_view_definition_id = %s AND status = %s RETURNING id"
+            ).format(self._table("mat_view_runs")),
+            (RunStatus.FAILED, Jsonb(_LOST), definition_id, RunStatus.RUNNING),
+            Session.RECORD,
+        )
+        return sorted(row["id"] for row in rows)
+
+    def deferred(self, deferral: str, *statuses: RunStatus) -> Work[tuple[int, int, dict[str, Any]] | None]:
+        """Return id, duration (milliseconds) and meta of the latest run with this deferral and status."""
+        row = yield from fetch_one(
+            sql.SQL(
+                "SELECT id, duration_ms, meta FROM {} WHERE meta ? 'deferral' AND meta->>'deferral' = %s "
+                "AND status = ANY(%s) ORDER BY id DESC LIMIT 1"
+            ).format(self._table("mat_view_runs")),
+            (deferral, [int(status) for status in statuses]),
+            Session.RECORD,
+        )
+        return None if row is None else (row["id"], row["duration_ms"], row["meta"])
+
     def skip(self, definition_id: int, operation: Operation, duration_ms: int, meta: Mapping[str, Any]) -> Work[int]:
         """Insert a run that never began, as ``skipped``, and return its id."""
         row = yield from fetch_one(
@@ -360,7 +403,7 @@ class Ledger:
                 "running": RunStatus.RUNNING,
                 "lost": RunLost.__name__,
                 "duration": duration_ms,
-                "error": Jsonb(self.describe_error(error)),
+                "error": Jsonb(self.describe_error(error, duration_ms / 1000)),
                 "meta": Jsonb(self.clean(meta)),
             },
             Session.RECORD,
@@ -399,7 +442,9 @@ class Ledger:
         rows = yield from fetch_all(
             sql.SQL(
                 """
-                SELECT coalesce(meta->>'strategy', '') AS strategy, coalesce(duration_ms, 0) AS duration_ms,
+                SELECT coalesce(meta->>'strategy', '') AS strategy, 
+                       -- Without the wait for others, which says nothing about the strategy.
+                       coalesce(duration_ms, 0) - coalesce((meta->'response'->>'waited_ms')::bigint, 0) AS duration_ms,
                        (meta->>'row_count_after')::bigint AS rows,
                        (meta->'response'->>'rows_inserted')::bigint AS rows_inserted,
                        (meta->'response'->>'rows_deleted')::bigint AS rows_deleted,
@@ -413,12 +458,15 @@ class Ledger:
         )
         return [PastRefresh(**row) for row in rows]
 
-    def describe_error(self, error: BaseException) -> dict[str, Any]:
-        """Return an error as the record keeps it."""
+    def describe_error(self, error: BaseException, seconds: float) -> dict[str, Any]:
+        """Return an error as the record keeps it.
+
+        :param seconds: after how long it came.
+        """
         described: dict[str, Any] = self.clean(
             {
                 "class": type(error).__name__,
-                "message": _message(error),
+                "message": _message(error, seconds),
                 "sqlstate": error.sqlstate if isinstance(error, psycopg.Error) else None,
                 "hint": getattr(error, "hint", None) or "\n".join(getattr(error, "__notes__", ())) or None,
                 "backtrace": _backtrace(error),
@@ -432,7 +480,11 @@ def _storable(text: str) -> str:
     return text.replace("\0", "\ufffd").encode("utf-8", "replace").decode()
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, seconds: float) -> str:
+    if not isinstance(error, Exception):
+        # Ctrl-C, a timeout of whatever runs the task: not what happened to the operation, but what ended it.
+        by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
+        return f"Interrupted after {seconds:.1f} s by {by}{f': {error}' if str(error) else ''}."
     if isinstance(error, psycopg.Error) and error.diag.message_primary:
         # Without the excerpt of the statement, which may hold half of a secret that could not be recognised.
         parts = [error.diag.message_primary]

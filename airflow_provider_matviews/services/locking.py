@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,9 +12,9 @@ import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.definition import IfLocked
-from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.services.catalog import ResolvedName, blockers_of
 from airflow_provider_matviews.services.instructions import Command, Note, Pause, Work, fetch_one
+from airflow_provider_matviews.timeouts import Timeouts
 
 _T = TypeVar("_T")
 
@@ -34,17 +34,16 @@ class Patience:
         queue behind it, so this is the longest that they wait for us.
     :param max_wait: seconds after which the operation gives up, over all attempts, and for another operation
         on the same view.
-    :raises InvalidDefinition: when one is not a positive number.
     """
 
     lock_timeout: float = 1.0
     max_wait: float = 600.0
 
-    def __post_init__(self) -> None:
-        for name in ("lock_timeout", "max_wait"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.001 <= value < 2_000_000:
-                raise InvalidDefinition(f"{name}={value!r} is not a number of seconds above 0.")
+    @classmethod
+    def of(cls, timeouts: Timeouts) -> Patience:
+        """Return what the limits of an operation say of it."""
+        said = timeouts.said()
+        return cls(**{name: said[name] for name in ("lock_timeout", "max_wait") if name in said})
 
     @property
     def lock_timeout_setting(self) -> str:
@@ -67,8 +66,8 @@ def _pauses() -> Callable[[], float]:
     return following
 
 
-def take_view_lock(view: ResolvedName, if_locked: IfLocked, patience: Patience) -> Work[bool]:
-    """Take the view's advisory lock until the transaction ends; return whether it was had.
+def take_view_lock(view: ResolvedName, if_locked: IfLocked, patience: Patience) -> Work[float | None]:
+    """Take the view's advisory lock until the transaction ends; return the seconds waited, None if it was not had.
 
     A transaction's lock, not a session's, so that it works behind a transaction pooler; a 64-bit key, since
     32 bits collide (measured: 2 pairs in 200,000 names). See
@@ -84,9 +83,10 @@ def take_view_lock(view: ResolvedName, if_locked: IfLocked, patience: Patience) 
         if row["taken"]:
             if told is not None:
                 yield Note(f"Had the lock of {view.display} after {waited:.1f} s.")
-            return True
+                return waited
+            return 0.0
         if if_locked is not IfLocked.WAIT or waited >= patience.max_wait:
-            return False
+            return None
         if told is None or waited - told >= _NEWS_EVERY:
             told = waited
             yield Note(f"Another operation on {view.display} is running; waiting for it ({waited:.0f} s so far).")
@@ -172,11 +172,15 @@ def _blockers(view: ResolvedName, others: Sequence[int]) -> Work[list[dict[str, 
 def _tell_blockers(view: ResolvedName, blockers: Sequence[dict[str, Any]], waited: float) -> Work[None]:
     yield Note(
         f"The lock on {view.display} or what it reads is not to be had yet ({waited:.0f} s so far); trying again "
-        f"without making readers queue. In the way: {'; '.join(map(_blocker, blockers)) or 'nobody any more'}."
+        f"without making readers queue. In the way: {'; '.join(map(describe_blocker, blockers)) or 'nobody any more'}."
     )
 
 
-def _blocker(row: dict[str, object]) -> str:
+def describe_blocker(row: Mapping[str, object]) -> str:
+    """Return who is in the way, in words.
+
+    :param row: pid, user, application, age (seconds) and query, as :func:`catalog.blockers_of` gives them.
+    """
     return (
         f"pid {row['pid']} ({row['user'] or 'user not visible'}, {row['application'] or 'no application name'}, "
         f"transaction of {row['age'] if row['age'] is not None else '?'} s): {row['query'] or 'query not visible'}"

@@ -93,6 +93,13 @@ JOIN {schema}.mat_view_definitions d ON d.id = r.mat_view_definition_id"""),
             "status: 1 running, 2 success, 3 failed, 4 skipped. operation: 0 create, 1 refresh, 2 drop.'"
         ),
     ),
+    # What a second copy of a deferred operation looks for; holds nothing of those that were not deferred.
+    2: (
+        sql.SQL(
+            "CREATE INDEX index_mat_view_runs_on_deferral "
+            "ON {schema}.mat_view_runs ((meta->>'deferral')) WHERE meta ? 'deferral'"
+        ),
+    ),
 }
 
 LATEST = max(MIGRATIONS)

@@ -261,6 +261,10 @@ def _seclabels(subid: str) -> str:
 
 _RELATION_ACL = _acl("coalesce(c.relacl, acldefault('r', c.relowner))")
 _PRIVILEGES = sql.SQL(f"SELECT {_RELATION_ACL} AS privileges FROM pg_class c WHERE c.oid = %s::regclass")
+# Without what the server keeps there itself: pg_attver, since PostgreSQL 15.20, which nobody can set (measured).
+_COLUMN_OPTIONS = _list(
+    "(SELECT jsonb_agg(option) FROM unnest(a.attoptions) AS option WHERE NOT starts_with(option, 'pg_'))"
+)
 _COLUMNS = _list(
     f"""(
     SELECT jsonb_agg(jsonb_build_object(
@@ -268,7 +272,7 @@ _COLUMNS = _list(
         'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage END,
         'compression', nullif(a.attcompression, ''),
         'statistics', CASE WHEN a.attstattarget >= 0 THEN a.attstattarget END,
-        'options', {_list("to_jsonb(a.attoptions)")}, 'comment', col_description(c.oid, a.attnum),
+        'options', {_COLUMN_OPTIONS}, 'comment', col_description(c.oid, a.attnum),
         'privileges', {_acl("a.attacl")}, 'labels', {_seclabels("a.attnum")}) ORDER BY a.attnum)
     FROM pg_attribute a JOIN pg_type t ON t.oid = a.atttypid JOIN pg_namespace tn ON tn.oid = t.typnamespace
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped)"""

@@ -16,7 +16,14 @@ from airflow_provider_matviews.exceptions import StrategyRefused
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, shorten
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_all, fetch_one, raw
-from airflow_provider_matviews.services.picture import IndexPicture, Picture, Privilege, privileges_of
+from airflow_provider_matviews.services.picture import (
+    IndexPicture,
+    Picture,
+    Privilege,
+    privileges_of,
+    restore_settings,
+    speak_plainly,
+)
 from airflow_provider_matviews.services.response import Report
 
 _STORAGE = {"p": "PLAIN", "e": "EXTERNAL", "m": "MAIN", "x": "EXTENDED"}
@@ -60,9 +67,13 @@ class Beside:
 
 
 def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, report: Report) -> Work[None]:
-    """Make the new view, empty, with everything the picture shows.
+    """Make the new view, empty, with everything the picture shows but its indexes, which are only tried.
+
+    They are built once the rows are there, by :func:`build_indexes`. What speaks against one (a right, a definition
+    that is not understood) has to show before the query has run for an hour.
 
     :param query: the view's query with every name qualified.
+    :raises StrategyRefused: when a definition is not understood.
     """
     new = beside.new
     # The server's default must not stand in for what the picture does not name.
@@ -70,14 +81,36 @@ def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, rep
     yield from report.run("create", Command(_create(new, picture, query)))
     for statement in _settings(new, picture):
         yield from report.run("attach", Command(statement))
-    for position, index in enumerate(picture.indexes):
-        for statement in _index(beside, position, picture):
-            yield from report.run(f"index {index.name}", Command(statement))
     for position in range(len(picture.statistics)):
         for statement in _statistics(beside, position, picture):
             yield from report.run("statistics", Command(statement))
     yield from give_to(new, picture.owner, server, report)
     yield from _grant(new, picture, report)
+    if picture.indexes:
+        yield Command(sql.SQL("SAVEPOINT indexes"))
+        for position in range(len(picture.indexes)):
+            for statement in _index(beside, position, picture):
+                yield Command(statement)
+        yield Command(sql.SQL("ROLLBACK TO SAVEPOINT indexes"))
+        yield Command(sql.SQL("RELEASE SAVEPOINT indexes"))
+
+
+def build_indexes(beside: Beside, picture: Picture, report: Report) -> Work[None]:
+    """Build the new view's indexes over its rows, each in a statement of its own, whose progress the server tells.
+
+    :raises psycopg.errors.UniqueViolation: when rows are not as unique as an index wants them.
+    """
+    if not picture.indexes:
+        return
+    settings = yield from speak_plainly()
+    # Before PostgreSQL 17 the functions in an index find what they name by this path, as they would in a REFRESH.
+    # What the definitions name is in pg_catalog or qualified, so the path behind it changes nothing for them.
+    path = ", ".join(filter(None, ("pg_catalog", settings["search_path"])))
+    yield from restore_settings({"search_path": path})
+    for position, index in enumerate(picture.indexes):
+        for statement in _index(beside, position, picture):
+            yield from report.run(f"index {index.name}", Command(statement), (position + 1, len(picture.indexes)))
+    yield from restore_settings(settings)
 
 
 def take_names(beside: Beside, picture: Picture, report: Report) -> Work[None]:
@@ -162,9 +195,13 @@ def _index(beside: Beside, position: int, picture: Picture) -> Iterable[sql.Comp
     qualified = sql.Identifier(beside.view.schema, made)
     alter = sql.SQL("ALTER INDEX {} ").format(qualified)
     on_view = sql.SQL("ALTER MATERIALIZED VIEW {} ").format(beside.new.identifier)
+    # Not ALTER INDEX ... SET TABLESPACE, which would copy what has just been built.
+    in_tablespace = sql.SQL("SET LOCAL default_tablespace = {}")
+    if index.tablespace:
+        yield in_tablespace.format(sql.Literal(index.tablespace))
     yield raw(_retarget_index(beside, index, made))
     if index.tablespace:
-        yield alter + sql.SQL("SET TABLESPACE {}").format(sql.Identifier(index.tablespace))
+        yield in_tablespace.format(sql.Literal(""))
     for number, target in index.statistics:
         yield alter + sql.SQL("ALTER COLUMN {} SET STATISTICS {}").format(sql.Literal(number), sql.Literal(target))
     if index.comment is not None:

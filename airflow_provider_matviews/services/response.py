@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,14 +49,35 @@ class ServiceResponse:
         }
 
 
+@dataclass(frozen=True)
+class Step:
+    """What an operation is doing.
+
+    :ivar name: as among the response's steps.
+    :ivar begun: when, by the monotonic clock.
+    :ivar place: (i, n) where it is the i-th of n of its kind, counted from 1; else None.
+    """
+
+    name: str
+    begun: float
+    place: tuple[int, int] | None = None
+
+
 @dataclass
 class Report:
-    """Gathers a response while a service works, so that a failure can tell how far it came."""
+    """Gathers a response while a service works, so that a failure can tell how far it came.
+
+    :ivar current: the step that runs now; None between two. Only ever assigned as a whole, since another thread
+        may read it.
+    """
 
     request: dict[str, Any]
     response: dict[str, Any]
     clock: Callable[[], float] = time.monotonic
     follow_up: list[tuple[str, Command]] = field(default_factory=list)
+    current: Step | None = None
+    #: Milliseconds for which another operation on the view had to be waited for.
+    waited_ms: int = 0
 
     @classmethod
     def on(cls, view: str, request: dict[str, Any]) -> Report:
@@ -75,6 +97,7 @@ class Report:
             row_count_before=None,
             row_count_after=None,
             steps=[],
+            waited_ms=self.waited_ms,
         )
 
     def so_far(self) -> int:
@@ -86,14 +109,27 @@ class Report:
         del self.response["sql"][mark:]
         del self.response["steps"][mark:]
 
-    def run(self, step: str, command: Command) -> Work[None]:
-        """Run a command and note its text and how long it took."""
-        self.response["sql"].append(command.text)
-        begun = self.clock()
+    @contextmanager
+    def running(self, name: str, place: tuple[int, int] | None = None) -> Iterator[Step]:
+        """Have :attr:`current` say what the block does."""
+        step = self.current = Step(name, self.clock(), place)
         try:
-            yield command
+            yield step
         finally:
-            self.response["steps"].append({"step": step, "ms": round((self.clock() - begun) * 1000, 3)})
+            self.current = None
+
+    def run(self, step: str, command: Command, place: tuple[int, int] | None = None) -> Work[None]:
+        """Run a command and note its text and how long it took.
+
+        :param place: (i, n) where it is the i-th of n steps of its kind.
+        """
+        self.response["sql"].append(command.text)
+        with self.running(step, place) as current:
+            try:
+                yield command
+            finally:
+                ms = round((self.clock() - current.begun) * 1000, 3)
+                self.response["steps"].append({"step": step, "ms": ms})
 
     def later(self, step: str, command: Command) -> None:
         """Ask for a command after the operation has committed; its failure is not the operation's."""

@@ -20,17 +20,33 @@ from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
-from airflow_provider_matviews.services.instructions import Command, Note, Session, Work, fetch_all
+from airflow_provider_matviews.services.instructions import (
+    Command,
+    Deadline,
+    Note,
+    Pause,
+    Session,
+    Watch,
+    Work,
+    fetch_all,
+)
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
 from airflow_provider_matviews.services.migrations import explained
+from airflow_provider_matviews.services.progress import Progress
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 from airflow_provider_matviews.services.session_settings import apply_settings
+from airflow_provider_matviews.timeouts import Timeouts
 
 MINIMUM_VERSION = 140000
 
 #: Generous: what waits here has done its work already and would lose it.
 _RECORD_LOCK_TIMEOUT = sql.Literal("30s")
+
+#: Seconds before each attempt to record a failure: a server that crashed or failed over is back after some.
+_AGAIN_AFTER = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
+#: Seconds after which no further attempt is made: connecting to what does not answer takes its own time.
+_LONGEST_RECORDING = 15.0
 
 #: How soon the server notices that the client is gone. Without it a killed worker's REFRESH runs on to its
 #: end, holding its locks (measured). Takes effect from PostgreSQL 14, and where the server's system can tell.
@@ -66,13 +82,29 @@ class Terms:
     :ivar request: what was asked, for the record.
     :ivar context: whose task it is (dag_id, task_id, ...), for the record.
     :ivar session_settings: go before those of the definition.
+    :ivar timeouts: go before those of the definition.
+    :ivar longest: seconds that it may take in all, whatever the timeouts say.
+    :ivar deferral: what all copies of one deferred operation have in common: where one has ended well, the next
+        takes its result, and where one still runs, the next waits for it whatever ``if_locked`` says.
     """
 
     if_locked: IfLocked = IfLocked.WAIT
-    patience: Patience = field(default_factory=Patience)
+    timeouts: Timeouts = field(default_factory=Timeouts)
     request: Mapping[str, Any] = field(default_factory=dict)
     context: Mapping[str, Any] = field(default_factory=dict)
     session_settings: Mapping[str, ParameterValue] = field(default_factory=dict)
+    longest: float | None = None
+    deferral: str | None = None
+
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds that it may take in all."""
+        return min((each for each in (self.timeouts.timeout, self.longest) if each is not None), default=None)
+
+    @property
+    def patience(self) -> Patience:
+        """How long it waits for locks."""
+        return Patience.of(self.timeouts)
 
 
 def record_run(
@@ -92,17 +124,29 @@ def record_run(
     :raises BaseException: what the service raised, once the run row says so.
     """
     begun = time.monotonic()
+    yield from _set_deadline(terms, begun)
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
     try:
         view, server = yield from _prepare(operation, subject, terms)
-        taken = yield from take_view_lock(view, terms.if_locked, terms.patience)
+        known = yield from explained(ledger.tracking_schema, ledger.definition(view))
+        terms = yield from _with_timeouts_of(subject, known, terms, begun)
         report = Report.on(view.display, dict(terms.request))
-        if not taken:
-            standing_back = _stand_back(operation, view, ledger, terms, report, begun)
+        waited = yield from _take_turn(view, ledger, terms)
+        if terms.deferral is not None and (earlier := (yield from _earlier_copy(terms.deferral, view, ledger))):
+            yield from _roll_back()
+            return earlier
+        if waited is None:
+            standing_back = _stand_back(operation, view, known, ledger, terms, report, begun)
             return (yield from explained(ledger.tracking_schema, standing_back))
-        starting = _start(operation, view, subject, ledger, terms, _meta(report, terms))
+        if waited:
+            report.waited_ms = round(waited * 1000)
+            # Whoever went before may have declared it, or dropped it.
+            known = yield from ledger.definition(view)
+        starting = _start(operation, view, known, subject, ledger, terms, _meta(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
         prepared = Prepared(view, server, _in_force(record, subject), report, terms.patience)
+        watched = Progress(view, operation, server.pid, report, begun, lambda: ledger.past_refreshes(record.id))
+        yield Watch(watched.line)
 
         def declared() -> Work[None]:
             # Only now: a definition that was refused is not what the view should be.
@@ -115,10 +159,70 @@ def record_run(
         raise
 
 
+def _set_deadline(terms: Terms, begun: float) -> Work[None]:
+    if (seconds := terms.time_limit) is not None:
+        yield Deadline(begun + seconds, seconds)
+
+
+def _with_timeouts_of(subject: Subject, known: DefinitionRecord | None, terms: Terms, begun: float) -> Work[Terms]:
+    """Return the terms with the limits of the view's definition where the call says nothing."""
+    if subject.definition is not None:
+        declared = Timeouts.of(subject.definition.timeouts)
+    else:
+        declared = Timeouts.of(known.timeouts) if known else Timeouts()
+    timeouts = terms.timeouts.over(declared)
+    if timeouts == terms.timeouts:
+        return terms
+    terms = replace(terms, timeouts=timeouts)
+    yield from _set_deadline(terms, begun)
+    yield from fetch_all(sql.SQL("SELECT {}").format(_limits(terms)))
+    return terms
+
+
+def _take_turn(view: ResolvedName, ledger: Ledger, terms: Terms) -> Work[float | None]:
+    waited = yield from take_view_lock(view, terms.if_locked, terms.patience)
+    if waited is None and terms.deferral is not None:
+        running = yield from ledger.deferred(terms.deferral, RunStatus.RUNNING)
+        if running is not None:
+            yield Note(f"Run {running[0]}, begun by this very task, is still going on: waiting for it.")
+            for_ever = replace(terms.patience, max_wait=float("inf"))
+            # Its end is bounded by the deadline, as this wait is.
+            waited = yield from take_view_lock(view, IfLocked.WAIT, for_ever)
+    return waited
+
+
+def _earlier_copy(deferral: str, view: ResolvedName, ledger: Ledger) -> Work[ServiceResponse | None]:
+    """Return the result of another copy of this deferred operation, where one has ended well."""
+    ended = yield from ledger.deferred(deferral, RunStatus.SUCCESS, RunStatus.SKIPPED)
+    if ended is None:
+        return None
+    run_id, duration, meta = ended
+    response = dict(meta["response"])
+    status = response.pop("status")
+    yield Note(
+        f"Run {run_id}, begun by this very task before its triggerer was lost, has ended well: {status} "
+        f"{view.display} in {duration / 1000:.2f} s. Nothing is done twice."
+    )
+    return ServiceResponse(status, meta["request"], response, run_id, duration)
+
+
+def _limits(terms: Terms) -> sql.Composable:
+    settings = [("lock_timeout", f"{round(terms.patience.lock_timeout * 1000)}ms")]
+    longest = [terms.timeouts.statement_timeout] if terms.timeouts.statement_timeout else []
+    if terms.time_limit:
+        # The server's own clock, too: it counts where the client hangs. A second later, for the client says why.
+        longest.append(terms.time_limit + 1)
+    if longest:
+        settings.append(("statement_timeout", f"{max(1, round(min(longest) * 1000))}ms"))
+    return sql.SQL(", ").join(
+        sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(value)) for name, value in settings
+    )
+
+
 def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
-    settings = sql.SQL(
-        "set_config('lock_timeout', {}, true), set_config('idle_in_transaction_session_timeout', '0', true), {}"
-    ).format(sql.Literal(terms.patience.lock_timeout_setting), _CONNECTION_CHECK)
+    settings = sql.SQL("{}, set_config('idle_in_transaction_session_timeout', '0', true), {}").format(
+        _limits(terms), _CONNECTION_CHECK
+    )
     server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE, settings=settings)
     if server.in_recovery or server.read_only:
         what = "is a standby: it takes no writes" if server.in_recovery else "is set to read-only transactions"
@@ -134,20 +238,22 @@ def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple
 def _start(
     operation: Operation,
     view: ResolvedName,
+    known: DefinitionRecord | None,
     subject: Subject,
     ledger: Ledger,
     terms: Terms,
     meta: dict[str, Any],
 ) -> Work[tuple[DefinitionRecord, int]]:
-    record = yield from _record_of(view, subject, ledger, terms.patience)
+    record = yield from _record_of(view, known, subject, ledger, terms.patience)
     run_id, orphans = yield from ledger.start(record.id, operation, meta)
     for lost in orphans:
         yield Note(f"Run {lost} of {view.display} had ended without a word: marked as failed (RunLost).", True)
     return record, run_id
 
 
-def _record_of(view: ResolvedName, subject: Subject, ledger: Ledger, patience: Patience) -> Work[DefinitionRecord]:
-    known = yield from ledger.definition(view)
+def _record_of(
+    view: ResolvedName, known: DefinitionRecord | None, subject: Subject, ledger: Ledger, patience: Patience
+) -> Work[DefinitionRecord]:
     if known is not None and (known.declaration or subject.definition is not None):
         return known
     # Reading a view's query locks it for a moment, which somebody else's REFRESH may keep from us.
@@ -171,9 +277,15 @@ def _in_force(record: DefinitionRecord, subject: Subject) -> DefinitionRecord:
 
 
 def _stand_back(
-    operation: Operation, view: ResolvedName, ledger: Ledger, terms: Terms, report: Report, begun: float
+    operation: Operation,
+    view: ResolvedName,
+    known: DefinitionRecord | None,
+    ledger: Ledger,
+    terms: Terms,
+    report: Report,
+    begun: float,
 ) -> Work[ServiceResponse]:
-    record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
+    record = yield from ledger.adopt(view, known, None)
     reason = "another operation on the view is running"
     report.told(reason=reason, locked=True)
     run_id = yield from ledger.skip(record.id, operation, _milliseconds(begun), _meta(report, terms))
@@ -214,6 +326,7 @@ def _carry_out(
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
         yield from declared()
+        yield Watch(None)
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))
@@ -267,10 +380,13 @@ def _record_failure(
     run_id: int, error: BaseException, ledger: Ledger, meta: dict[str, Any], begun: float
 ) -> Work[RunStatus | None]:
     trouble: psycopg.Error | None = None
-    # Twice, because the first statement on a connection that was idle for long may find it gone, and because
-    # cancel() may come now.
-    for _ in range(2):
+    # Twice at once, because the first statement on a connection that was idle for long may find it gone, and because
+    # cancel() may come now; and some times more where the server itself is gone, which comes back after a restart.
+    tried = time.monotonic()
+    for attempt, pause in enumerate(_AGAIN_AFTER):
         try:
+            if pause:
+                yield Pause(pause)
             # A transaction only for its lock_timeout: a server that has not noticed yet that the operation's
             # connection is gone still holds the row.
             yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), Session.RECORD)
@@ -281,6 +397,10 @@ def _record_failure(
         except psycopg.Error as raised:
             trouble = raised
             if isinstance(raised, psycopg.errors.LockNotAvailable):
+                break
+            if attempt and (
+                not isinstance(raised, psycopg.OperationalError) or time.monotonic() - tried > _LONGEST_RECORDING
+            ):
                 break
             if raised.sqlstate:  # It came from the server, whose transaction stands.
                 yield from _roll_back(Session.RECORD)
@@ -310,6 +430,21 @@ def _advise(error: BaseException, prepared: Prepared) -> None:
             f"{prepared.view.display}: the role {role} lacks a right. If it is one on a source that the message names, "
             f"run: GRANT SELECT ON <that> TO {role}; (and GRANT USAGE ON its schema)."
         )
+    elif isinstance(error, psycopg.errors.AdminShutdown):
+        error.add_note(
+            "Somebody ended the server's process (pg_terminate_backend), or the server was being shut down. What was "
+            "begun is undone; run it again once the server is there."
+        )
+    elif isinstance(error, psycopg.errors.QueryCanceled) and not isinstance(error, MatViewError):
+        error.add_note(
+            "Either statement_timeout ran out (that of the call, the view, the role or the database), or somebody on the "
+            "server called pg_cancel_backend()."
+        )
+    elif isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
+        error.add_note(
+            "The connection was lost: the server was restarted or failed over, or the network was cut. What was begun "
+            "is undone; run it again once the server is there."
+        )
     elif isinstance(error, psycopg.errors.UndefinedObject):
         error.add_note(
             f"{prepared.view.display}: roles, tablespaces, operator classes and collations that a definition names "
@@ -335,4 +470,5 @@ def _meta(report: Report, terms: Terms, status: str | None = None) -> dict[str, 
         "request": dict(report.request),
         "response": {"status": status, **response},
         **terms.context,
+        **({"deferral": terms.deferral} if terms.deferral else {}),
     }

@@ -38,7 +38,7 @@ from airflow_provider_matviews.services.picture import (
     speak_plainly,
     take_picture,
 )
-from airflow_provider_matviews.services.rebuild import Beside, build, take_names
+from airflow_provider_matviews.services.rebuild import Beside, build, build_indexes, take_names
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 #: How often a view that others keep changing is built anew before giving up.
@@ -168,6 +168,7 @@ def _swap(job: Refreshing) -> Work[int | None]:
     yield from restore_settings(settings)
     built = yield from catalog.require_view(beside.new)
     yield from job.report.run("fill", Command(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(beside.new.identifier)))
+    yield from build_indexes(beside, picture, job.report)
     if job.analyze is not False:
         # Before the cut, so that no reader ever meets it without statistics.
         yield from job.report.run("analyze", Command(sql.SQL("ANALYZE {}").format(beside.new.identifier)))

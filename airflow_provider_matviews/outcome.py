@@ -1,0 +1,88 @@
+"""What an operation leaves for Airflow: lines in the log, a summary, and errors that travel as plain data.
+
+Used where it ran, in a worker or in a triggerer, and where it is told on, so that both modes say the same.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+import psycopg
+
+from airflow_provider_matviews.exceptions import MatViewError
+from airflow_provider_matviews.services.response import ServiceResponse
+
+
+def summary(response: ServiceResponse) -> dict[str, Any]:
+    """Return what XCom and asset events get."""
+    facts = response.response
+    return {
+        "view": facts["view"],
+        "status": response.status,
+        "strategy": facts["strategy"],
+        "row_count_before": facts["row_count_before"],
+        "row_count_after": facts["row_count_after"],
+        "duration_ms": response.duration_ms,
+        "reason": facts.get("reason"),
+        "mat_view_run_id": response.run_id,
+    }
+
+
+def stood_back(response: ServiceResponse) -> bool:
+    """Whether another operation on the view ran, so that nothing was done."""
+    return bool(response.response.get("locked"))
+
+
+def log_statements(log: logging.Logger | Any, response: ServiceResponse) -> None:
+    """Log every statement with its time, as a group that one opens."""
+    facts = response.response
+    if not facts["sql"]:
+        return
+    count = len(facts["sql"])
+    log.info("::group::The %s statement%s, with the time of each", count, "" if count == 1 else "s")
+    for statement, step in zip(facts["sql"], facts["steps"], strict=True):
+        log.info("%9.1f ms  %s", step["ms"], statement)
+    log.info("::endgroup::")
+
+
+def log_error(log: logging.Logger | Any, error: BaseException) -> None:
+    """Log an error with what mends it, and the statements so far."""
+    log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
+    so_far = getattr(error, "response", None)
+    if isinstance(so_far, ServiceResponse):
+        log_statements(log, so_far)
+
+
+def pack_error(error: BaseException, redact: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return an error as plain data; :func:`unpack_error` makes one of the same class of it.
+
+    :param redact: takes secrets out of text.
+    """
+    return {
+        "module": type(error).__module__,
+        "class": type(error).__qualname__,
+        "message": redact(error.message if isinstance(error, MatViewError) else str(error)),
+        "hint": redact(error.hint) if isinstance(error, MatViewError) and error.hint else None,
+        "notes": [redact(note) for note in getattr(error, "__notes__", ())],
+    }
+
+
+def unpack_error(packed: Mapping[str, Any]) -> Exception:
+    """Return the error that was packed: of its own class where that is ours or psycopg's, so that policies match."""
+    kind: Any = None
+    if packed["module"].partition(".")[0] in (__name__.partition(".")[0], psycopg.__name__):
+        kind = getattr(import_module(packed["module"]), packed["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        error: Exception = RuntimeError(f"{packed['class']}: {packed['message']}")
+    elif issubclass(kind, MatViewError):
+        # Not by its own constructor: some take more than was packed.
+        error = kind.__new__(kind, packed["message"])
+        MatViewError.__init__(error, packed["message"], hint=packed["hint"])
+    else:
+        error = kind(packed["message"])
+    for note in packed["notes"]:
+        error.add_note(note)
+    return error
