@@ -99,8 +99,8 @@ _REFRESH_COLUMNS = sql.SQL(
     FROM indexes
     """
 )
-# The new heap and its TOAST table, wherever they are (temporary ones are named after their backend), and all their
-# segments. SHARE is what making a TOAST table takes; its index takes neither.
+# The new heap with its TOAST table and that one's index, wherever they are (temporary ones are named after their
+# backend), and all their segments.
 _FILES = sql.SQL(
     """
     , segments AS (
@@ -112,8 +112,7 @@ _FILES = sql.SQL(
               FROM pg_catalog.pg_tablespace t, pg_catalog.pg_database b, pg_catalog.pg_control_system() s
               WHERE t.spcname <> 'pg_global' AND b.datname = current_database()) d,
              (SELECT unnest(ARRAY[fresh.oid::text, format('t%%s_%%s', v.backend, fresh.oid)]) AS name
-              FROM fresh, (SELECT split_part(virtualtransaction, '/', 1) AS backend FROM mine LIMIT 1) v
-              WHERE fresh.modes && ARRAY['ExclusiveLock', 'ShareLock']) f
+              FROM fresh, (SELECT split_part(virtualtransaction, '/', 1) AS backend FROM mine LIMIT 1) v) f
         UNION ALL
         SELECT s.path, s.number + 1, (pg_catalog.pg_stat_file(s.path || '.' || s.number + 1, true)).size
         FROM segments s WHERE s.bytes >= pg_size_bytes(current_setting('segment_size'))
@@ -124,10 +123,9 @@ _NOTHING = sql.SQL("")
 _WITHOUT_SIZE = _LOOK.format(
     parts=_REFRESH_PARTS.format(files=_NOTHING), columns=_REFRESH_COLUMNS.format(size=sql.SQL("NULL"))
 )
-_WITH_SIZE = _LOOK.format(
-    parts=_REFRESH_PARTS.format(files=_FILES),
-    columns=_REFRESH_COLUMNS.format(size=sql.SQL("(SELECT sum(bytes) FROM segments)")),
-)
+# An index without entries takes up to four blocks. Taken off, what has not been written yet is 0.
+_SIZE = sql.SQL("(SELECT sum(CASE number WHEN 0 THEN greatest(bytes - 32768, 0) ELSE bytes END) FROM segments)")
+_WITH_SIZE = _LOOK.format(parts=_REFRESH_PARTS.format(files=_FILES), columns=_REFRESH_COLUMNS.format(size=_SIZE))
 # A function that the role may not call is refused even in a branch not taken.
 _MAY_STAT = sql.SQL(
     "SELECT has_function_privilege('pg_catalog.pg_stat_file(text, boolean)', 'EXECUTE') "
