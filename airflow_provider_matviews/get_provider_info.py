@@ -33,4 +33,10 @@ def get_provider_info() -> dict[str, Any]:
                 "python-modules": ["airflow_provider_matviews.operators.matview"],
             }
         ],
+        "triggers": [
+            {
+                "integration-name": "PostgreSQL materialized views",
+                "python-modules": ["airflow_provider_matviews.triggers.matview"],
+            }
+        ],
     }

@@ -42,11 +42,13 @@ with DAG(
     )
 
     # One mapped task for each view; the list may as well be the output of another task. "auto" chooses the
-    # strategy by the facts. Where a refresh of the view is under way already, that one will do.
+    # strategy by the facts. Where a refresh of the view is under way already, that one will do. Deferred, they take no
+    # worker's slot: all of them run in the triggerer.
     others = RefreshMatViewOperator.partial(
         task_id="refresh_others",
         refresh_strategy="auto",
         if_locked="skip",
+        deferrable=True,
     ).expand(view=["analytics.account_retention", "analytics.user_ranking"])
 
     # account_retention reads account_weeks.

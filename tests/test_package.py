@@ -86,7 +86,7 @@ def test_provider_info_is_what_airflow_expects() -> None:
 
 def test_every_dotted_path_in_provider_info_can_be_imported() -> None:
     paths = list(_dotted_paths(get_provider_info()))
-    assert {"airflow_provider_matviews.hooks.matview", "airflow_provider_matviews.operators.matview"} <= set(paths)
+    assert {f"airflow_provider_matviews.{room}.matview" for room in ("hooks", "operators", "triggers")} <= set(paths)
     for path in paths:
         assert _imported(path)
 
@@ -94,7 +94,7 @@ def test_every_dotted_path_in_provider_info_can_be_imported() -> None:
 def test_every_integration_that_is_used_is_declared() -> None:
     info = get_provider_info()
     declared = {integration["integration-name"] for integration in info["integrations"]}
-    assert {part["integration-name"] for part in (*info["hooks"], *info["operators"])} == declared
+    assert {part["integration-name"] for part in (*info["hooks"], *info["operators"], *info["triggers"])} == declared
 
 
 def test_the_distribution_is_named_as_the_provider() -> None:
