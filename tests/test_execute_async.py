@@ -16,6 +16,7 @@ from psycopg import sql
 
 from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.exceptions import OperationCancelled
+from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.execute_async import AsyncDriver
 from airflow_provider_matviews.services.instructions import (
@@ -30,7 +31,7 @@ from airflow_provider_matviews.services.instructions import (
     fetch_one,
     raw,
 )
-from airflow_provider_matviews.services.locking import Patience
+from airflow_provider_matviews.services.locking import Patience, lock_key
 from demo.postgres_server import PostgresServer
 from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
 from tests.driving import refreshing
@@ -41,6 +42,9 @@ HISTORY: LiteralString = "SELECT status, error_class FROM matviews.mat_view_run_
 #: The gate is a lock: by itself the server ends the wait for it no sooner than the tests look.
 PATIENT = Patience(60, 60)
 NOT_AT_THE_GATE: LiteralString = f"SELECT NOT ({AT_THE_GATE.removeprefix('SELECT ')})"
+
+
+DEFINITION_OF_ONE = MatViewDefinition(name="one", sql="SELECT 1 AS a")
 
 
 def connecting(db: Database) -> Callable[[], Awaitable[psycopg.AsyncConnection[Any]]]:
@@ -357,6 +361,25 @@ def test_fifty_at_once_refresh_a_view_one_at_a_time_and_nobody_fails(db: Databas
         for word, count in (("success", statuses.count("updated")), ("skipped", statuses.count("skipped")))
         if count
     }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_who_waits_for_another_operation_keeps_one_connection(db: Database, asynchronous: bool) -> None:
+    hook = hook_on(db)
+    hook.create(DEFINITION_OF_ONE)
+    key = lock_key(ResolvedName("public", "one", "one"))
+
+    def refresh() -> Any:
+        return asyncio.run(hook.arefresh("one")) if asynchronous else hook.refresh("one")
+
+    with db.connect() as other:
+        other.execute(raw("SELECT pg_advisory_lock({})").format(key))
+        with beside(refresh, other.close) as running:
+            until(db, "SELECT count(*) = 2 FROM pg_stat_activity WHERE application_name = 'matviews'")
+            until(db, "SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'matviews'")
+            other.close()
+            assert running.result().status == "updated"
+    assert db.rows(HISTORY) == [("success", None)] * 2
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])

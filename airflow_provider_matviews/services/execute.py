@@ -34,7 +34,14 @@ from airflow_provider_matviews.services.instructions import (
     Watch,
     Work,
 )
-from airflow_provider_matviews.services.stopping import CANCEL_TIMEOUT, LIMITED_LOOK, PACE, Stop, conninfo_of
+from airflow_provider_matviews.services.stopping import (
+    CANCEL_TIMEOUT,
+    LIMITED_LOOK,
+    LONG_PAUSE,
+    PACE,
+    Stop,
+    conninfo_of,
+)
 
 _T = TypeVar("_T")
 
@@ -46,7 +53,7 @@ class Driver:
     """Runs services on connections that it opens when they are first needed.
 
     :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
-        ``Session.RECORD`` when the first one broke.
+        ``Session.RECORD`` when the first one broke or was given back during a long wait.
     :param log: where a service's notes go.
     :param pace: seconds between the looks at an operation that takes long; the last one goes on.
     """
@@ -154,6 +161,8 @@ class Driver:
             case Command(statement, session):
                 return self._execute(session, statement, None)
             case Pause(seconds):
+                if seconds >= LONG_PAUSE:
+                    self._give_back_the_record()
                 self._wait(seconds)
             case Note(message, warning):
                 self.tell(message, warning=warning)
@@ -161,6 +170,12 @@ class Driver:
                 self._watchman = self._watchman or _Watchman(self, self._pace)
                 self._watchman.order(instruction)
         return Result()
+
+    def _give_back_the_record(self) -> None:
+        connection = self._connections.get(Session.RECORD)
+        if connection is not None and connection.info.transaction_status is TransactionStatus.IDLE:
+            del self._connections[Session.RECORD]
+            connection.close()
 
     def _wait(self, seconds: float) -> None:
         if self._stop.told:

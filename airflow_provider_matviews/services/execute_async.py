@@ -32,7 +32,14 @@ from airflow_provider_matviews.services.instructions import (
     Watch,
     Work,
 )
-from airflow_provider_matviews.services.stopping import CANCEL_TIMEOUT, LIMITED_LOOK, PACE, Stop, conninfo_of
+from airflow_provider_matviews.services.stopping import (
+    CANCEL_TIMEOUT,
+    LIMITED_LOOK,
+    LONG_PAUSE,
+    PACE,
+    Stop,
+    conninfo_of,
+)
 
 _T = TypeVar("_T")
 
@@ -41,7 +48,7 @@ class AsyncDriver:
     """Runs services on connections that it opens when they are first needed.
 
     :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
-        ``Session.RECORD`` when the first one broke or was given back during a long statement.
+        ``Session.RECORD`` when the first one broke or was given back during a long statement or wait.
     :param log: where a service's notes go.
     :param pace: seconds between the looks at an operation that takes long; the last one goes on.
     """
@@ -155,6 +162,8 @@ class AsyncDriver:
             case Command(statement, session):
                 return await self._execute(session, statement, None)
             case Pause(seconds):
+                if seconds >= LONG_PAUSE:
+                    await self._give_back_the_record()
                 await self._wait(seconds)
             case Note(message, warning):
                 self._tell(message, warning=warning)
@@ -243,7 +252,7 @@ class AsyncDriver:
                     self._tell(line)
 
     async def _give_back_the_record(self) -> None:
-        """Close the record's connection while the work takes long: of hundreds of refreshes each needs only one."""
+        # Of hundreds of refreshes that take long each needs only one.
         connection = self._connections.get(Session.RECORD)
         if connection is not None and connection.info.transaction_status is TransactionStatus.IDLE:
             del self._connections[Session.RECORD]

@@ -442,7 +442,7 @@ class Ledger:
         rows = yield from fetch_all(
             sql.SQL(
                 """
-                SELECT coalesce(meta->>'strategy', '') AS strategy, 
+                SELECT coalesce(meta->>'strategy', '') AS strategy,
                        -- Without the wait for others, which says nothing about the strategy.
                        coalesce(duration_ms, 0) - coalesce((meta->'response'->>'waited_ms')::bigint, 0) AS duration_ms,
                        (meta->>'row_count_after')::bigint AS rows,

@@ -437,8 +437,8 @@ def _advise(error: BaseException, prepared: Prepared) -> None:
         )
     elif isinstance(error, psycopg.errors.QueryCanceled) and not isinstance(error, MatViewError):
         error.add_note(
-            "Either statement_timeout ran out (that of the call, the view, the role or the database), or somebody on the "
-            "server called pg_cancel_backend()."
+            "Either statement_timeout ran out (that of the call, the view, the role or the database), or somebody on "
+            "the server called pg_cancel_backend()."
         )
     elif isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
         error.add_note(

@@ -16,6 +16,8 @@ from airflow_provider_matviews.services.instructions import Deadline
 
 #: Seconds that asking the server to cancel may take; an unreachable server must not hold up the task's end.
 CANCEL_TIMEOUT = 5.0
+#: Seconds of waiting from which on the record's connection is given back: fifty who wait for a view need one each.
+LONG_PAUSE = 0.5
 #: Seconds between the looks at an operation that takes long; the last one goes on.
 PACE = (5.0, 5.0, 10.0, 10.0, 30.0, 30.0, 60.0)
 #: What one look may cost. In a transaction of its own, so that nothing of it stays in the session.
