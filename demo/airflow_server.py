@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -44,13 +44,20 @@ class AirflowServer:
 
     :param dags: the folder of DAGs.
     :param connections: Airflow connections by their id, as JSON would hold them.
+    :param settings: environment variables, before those that make it what it is otherwise: another executor,
+        another metadata database.
     """
 
-    def __init__(self, dags: Path, connections: Mapping[str, Mapping[str, object]]) -> None:
+    def __init__(
+        self,
+        dags: Path,
+        connections: Mapping[str, Mapping[str, object]],
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self._home = Path(tempfile.mkdtemp(prefix="airflow-demo-"))
         self.url = f"http://127.0.0.1:{free_port()}"
         self.api = AirflowApi(self.url)
-        self._environment = self._make_environment(dags, connections)
+        self._environment = {**self._make_environment(dags, connections), **(settings or {})}
         self._processes: dict[str, GuardedProcess] = {}
 
     def __enter__(self) -> Self:
@@ -63,11 +70,12 @@ class AirflowServer:
 
     def begin_migration(self) -> None:
         """Begin to make Airflow's own database, and return at once."""
-        self._start("db-migrate", ("db", "migrate"))
+        self.add("db-migrate", "db", "migrate")
 
-    def start(self) -> None:
+    def start(self, further: Mapping[str, Sequence[str]] | None = None) -> None:
         """Start all components, when the database is there, and wait until they are healthy.
 
+        :param further: processes to start beside them, by a name: what follows `airflow` on the command line.
         :raises AirflowServerError: when they are not after a while.
         """
         migration = self._processes.pop("db-migrate")
@@ -77,8 +85,8 @@ class AirflowServer:
         finally:
             migration.end(timeout=STOP_TIMEOUT_SECONDS)
         say("Airflow: database ready, starting " + ", ".join(_COMPONENTS))
-        for name, arguments in _COMPONENTS.items():
-            self._start(name, arguments)
+        for name, arguments in {**_COMPONENTS, **(further or {})}.items():
+            self.add(name, *arguments)
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         while not self.api.healthy():
             self.check()
@@ -105,8 +113,13 @@ class AirflowServer:
         self._processes.clear()
         shutil.rmtree(self._home, ignore_errors=True)
 
-    def _start(self, name: str, arguments: tuple[str, ...]) -> None:
-        self._processes[name] = GuardedProcess(
+    def add(self, name: str, *arguments: str) -> GuardedProcess:
+        """Start another process of this Airflow, such as a second triggerer, and look after it.
+
+        :param name: a name for it that is free.
+        :param arguments: the command line after `airflow`.
+        """
+        process = self._processes[name] = GuardedProcess(
             (sys.executable, "-m", "airflow", *arguments),
             work_dir=self._home,
             log=self._log(name),
@@ -115,13 +128,27 @@ class AirflowServer:
             own_session=True,
             environment=self._environment,
         )
+        return process
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The ids of the processes that are looked after, by their names."""
+        return {name: process.pid for name, process in self._processes.items()}
+
+    def release(self, name: str) -> GuardedProcess:
+        """Look after a process no longer: it is going to end; whoever asks sees to that."""
+        return self._processes.pop(name)
+
+    def log_text(self, name: str) -> str:
+        """Return what a process has printed."""
+        return self._log(name).read_text(errors="replace")
 
     def _make_environment(self, dags: Path, connections: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
         """Build the environment: nothing of another Airflow that the user may have configured."""
         port = self.url.rpartition(":")[2]
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         return {
-            **{name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")},
+            **{name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))},
             "PATH": path,
             # The DAG folder belongs to the user: no __pycache__ there.
             "PYTHONDONTWRITEBYTECODE": "1",

@@ -91,7 +91,12 @@ class _MatViewOperator(BaseOperator):
             self._hook.cancel(_STOPPED)
 
     def _make_hook(self, context: Context) -> MatViewHook:
-        return MatViewHook(postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=_whose(context))
+        return MatViewHook(
+            postgres_conn_id=self.conn_id,
+            tracking_schema=self.tracking_schema,
+            context=_whose(context),
+            longest=self._longest(),
+        )
 
     def _conclude(
         self, context: Context, hook: MatViewHook, summary: dict[str, Any], stood_back: bool
