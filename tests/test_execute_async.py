@@ -483,3 +483,22 @@ def test_a_create_in_a_loop_is_a_create(db: Database) -> None:
     assert asyncio.run(hook.acreate(MatViewDefinition(name="other", sql="SELECT 1 AS a"))).status == "created"
     assert db.rows("SELECT id, value FROM mv") == [(1, 1)]
     assert [run.status for run in hook.runs()] == ["success", "skipped", "success"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_the_server_notices_by_itself_when_nobody_is_there_any_more(each_db: Database, asynchronous: bool) -> None:
+    """A killed process by its closed connection, a vanished machine by its silence."""
+    names = (
+        "client_connection_check_interval",
+        "tcp_keepalives_idle",
+        "tcp_keepalives_interval",
+        "tcp_keepalives_count",
+    )
+    shown = ", ".join(f"current_setting('{name}') AS {name}" for name in names)
+    definition = MatViewDefinition(name="settings", sql=f"SELECT {shown}")
+    hook = hook_on(each_db)
+    if asynchronous:
+        asyncio.run(hook.acreate(definition))
+    else:
+        hook.create(definition)
+    assert each_db.rows(raw(f"SELECT {', '.join(names)} FROM settings")) == [("2s", "30", "10", "3")]

@@ -48,6 +48,12 @@ _AGAIN_AFTER = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 #: Seconds after which no further attempt is made: connecting to what does not answer takes its own time.
 _LONGEST_RECORDING = 15.0
 
+#: How soon the server notices that the client's whole machine is gone, which closes no connection.
+_KEEPALIVES = sql.SQL(
+    "set_config('tcp_keepalives_idle', '30', true), set_config('tcp_keepalives_interval', '10', true), "
+    "set_config('tcp_keepalives_count', '3', true)"
+)
+
 #: How soon the server notices that the client is gone. Without it a killed worker's REFRESH runs on to its
 #: end, holding its locks (measured). Takes effect from PostgreSQL 14, and where the server's system can tell.
 _CONNECTION_CHECK = sql.SQL(
@@ -220,8 +226,8 @@ def _limits(terms: Terms) -> sql.Composable:
 
 
 def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
-    settings = sql.SQL("{}, set_config('idle_in_transaction_session_timeout', '0', true), {}").format(
-        _limits(terms), _CONNECTION_CHECK
+    settings = sql.SQL("{}, set_config('idle_in_transaction_session_timeout', '0', true), {}, {}").format(
+        _limits(terms), _CONNECTION_CHECK, _KEEPALIVES
     )
     server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE, settings=settings)
     if server.in_recovery or server.read_only:
