@@ -332,7 +332,6 @@ def _carry_out(
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
         yield from declared()
-        yield Watch(None)
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))
@@ -359,7 +358,8 @@ def _follow_up(prepared: Prepared) -> Work[None]:
     for step, command in prepared.report.follow_up:
         begun = time.monotonic()
         try:
-            yield command
+            with prepared.report.running(step):
+                yield command
         except psycopg.Error as error:
             yield Note(f"The run is a success; {step} after it was not: {str(error).splitlines()[0]}", True)
         else:
