@@ -57,15 +57,19 @@ STRATEGY_CODES = {
     RefreshStrategy.AUTO: 3,
 }
 _EXCERPT = re.compile(r"(LINE \d+: | *\^$)")
-#: What is known of a run that nobody ended.
+#: What is known of a run that nobody ended; the process is the one that its meta names.
 _LOST: dict[str, Any] = {
     "class": RunLost.__name__,
-    "message": "The process that ran this ended without a word (killed, or its machine or its connection was lost). "
-    "The server undid what it had begun; the view serves as before. Found by the next operation on the view.",
+    "message": "The process that ran this ended without a word (killed, or its machine or its connection was lost): "
+    "{process}. The server undid what it had begun; the view serves as before.",
     "sqlstate": None,
     "backtrace": [],
     "hint": None,
 }
+_LOST_ERROR = sql.SQL(
+    "%(error)s || jsonb_build_object('message', replace(%(error)s->>'message', '{process}', "
+    "coalesce(meta->>'process', 'unknown')))"
+)
 _STRATEGIES = {code: strategy for strategy, code in STRATEGY_CODES.items()}
 
 
@@ -291,7 +295,7 @@ class Ledger:
                 """
                 WITH lost AS (
                     UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(),
-                           updated_at = clock_timestamp(), error = %(error)s
+                           updated_at = clock_timestamp(), error = {lost}
                     WHERE mat_view_definition_id = %(definition)s AND status = %(running)s
                     RETURNING id
                 ), started AS (
@@ -301,7 +305,7 @@ class Ledger:
                 )
                 SELECT started.id, ARRAY(SELECT lost.id FROM lost ORDER BY lost.id) AS orphans FROM started
                 """
-            ).format(runs=self._table("mat_view_runs")),
+            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR),
             {
                 "definition": definition_id,
                 "operation": operation,
@@ -333,10 +337,16 @@ class Ledger:
         """Mark the runs of a view that say ``running`` as failed (``RunLost``); the caller holds the view's lock."""
         rows = yield from fetch_all(
             sql.SQL(
-                "UPDATE {} SET status = %s, finished_at = clock_timestamp(), updated_at = clock_timestamp(), "
-                "error = %s WHERE mat_view_definition_id = %s AND status = %s RETURNING id"
-            ).format(self._table("mat_view_runs")),
-            (RunStatus.FAILED, Jsonb(_LOST), definition_id, RunStatus.RUNNING),
+                "UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(), "
+                "updated_at = clock_timestamp(), error = {lost} "
+                "WHERE mat_view_definition_id = %(definition)s AND status = %(running)s RETURNING id"
+            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR),
+            {
+                "failed": RunStatus.FAILED,
+                "error": Jsonb(_LOST),
+                "definition": definition_id,
+                "running": RunStatus.RUNNING,
+            },
             Session.RECORD,
         )
         return sorted(row["id"] for row in rows)

@@ -7,6 +7,8 @@ leaves the view as it was and a ``running`` row whose lock is free, which the ne
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -476,5 +478,7 @@ def _meta(report: Report, terms: Terms, status: str | None = None) -> dict[str, 
         "request": dict(report.request),
         "response": {"status": status, **response},
         **terms.context,
+        # Where to look for what became of it.
+        "process": f"{os.getpid()} on {platform.node()}",
         **({"deferral": terms.deferral} if terms.deferral else {}),
     }
