@@ -127,6 +127,10 @@ def _require_that_the_next_one_goes_on(
     found = [("failed", "RunLost") if run == ("running", None) else run for run in earlier]
     *ended, (status, error) = scene.runs()
     assert ended == found, story
+    for run in scene.hook.runs("mv"):
+        if run.error is not None:
+            # Who was it? A process of some machine, as its row has said all along.
+            assert f": {run.meta['process']}. " in run.error["message"], story
     # Where it was done already there was nothing left to create or to drop.
     assert (status, error) in (("success", None), ("skipped", None)), story
 
