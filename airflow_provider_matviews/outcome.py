@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -16,9 +17,14 @@ from airflow_provider_matviews.exceptions import MatViewError
 from airflow_provider_matviews.services.response import ServiceResponse
 
 
-def summary(response: ServiceResponse) -> dict[str, Any]:
-    """Return what XCom and asset events get."""
+def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> dict[str, Any]:
+    """Return what XCom and asset events get.
+
+    :param redact: takes secrets out of text.
+    """
     facts = response.response
+    # It may be told in the words of the server, which may repeat a view's query.
+    reason = facts.get("reason")
     return {
         "view": facts["view"],
         "status": response.status,
@@ -26,7 +32,7 @@ def summary(response: ServiceResponse) -> dict[str, Any]:
         "row_count_before": facts["row_count_before"],
         "row_count_after": facts["row_count_after"],
         "duration_ms": response.duration_ms,
-        "reason": facts.get("reason"),
+        "reason": redact(reason) if reason else reason,
         "mat_view_run_id": response.run_id,
     }
 
@@ -67,6 +73,11 @@ def pack_error(error: BaseException, redact: Callable[[str], str] = str) -> dict
         "message": redact(error.message if isinstance(error, MatViewError) else str(error)),
         "hint": redact(error.hint) if isinstance(error, MatViewError) and error.hint else None,
         "notes": [redact(note) for note in getattr(error, "__notes__", ())],
+        "more": {
+            name: [redact(each) for each in value]
+            for name, value in vars(error).items()
+            if isinstance(error, MatViewError) and isinstance(value, tuple)
+        },
     }
 
 
@@ -74,13 +85,16 @@ def unpack_error(packed: Mapping[str, Any]) -> Exception:
     """Return the error that was packed: of its own class where that is ours or psycopg's, so that policies match."""
     kind: Any = None
     if packed["module"].partition(".")[0] in (__name__.partition(".")[0], psycopg.__name__):
-        kind = getattr(import_module(packed["module"]), packed["class"], None)
+        # A worker and a triggerer of two versions.
+        with suppress(ImportError):
+            kind = getattr(import_module(packed["module"]), packed["class"], None)
     if not (isinstance(kind, type) and issubclass(kind, Exception)):
         error: Exception = RuntimeError(f"{packed['class']}: {packed['message']}")
     elif issubclass(kind, MatViewError):
         # Not by its own constructor: some take more than was packed.
         error = kind.__new__(kind, packed["message"])
         MatViewError.__init__(error, packed["message"], hint=packed["hint"])
+        vars(error).update({name: tuple(value) for name, value in packed.get("more", {}).items()})
     else:
         error = kind(packed["message"])
     for note in packed["notes"]:

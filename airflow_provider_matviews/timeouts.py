@@ -10,6 +10,8 @@ from airflow_provider_matviews.exceptions import InvalidDefinition
 
 #: What a bigint of milliseconds, PostgreSQL's integer settings and Python's waits all hold.
 _LONGEST = 2_000_000
+#: The longest that may be said.
+LONGEST = _LONGEST - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Timeouts:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.001 <= value < _LONGEST:
-                raise InvalidDefinition(f"{name}={value!r} is not a number of seconds above 0.")
+                raise InvalidDefinition(f"{name}={value!r} is not a number of seconds from 0.001 to 2,000,000.")
 
     @classmethod
     def of(cls, said: object) -> Timeouts:

@@ -112,7 +112,7 @@ def test_cancel_ends_the_wait_for_another_operation(db: Database) -> None:
         until(
             db,
             "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() "
-            "AND state = 'idle in transaction' AND query LIKE '%pg_try_advisory_xact_lock%' "
+            "AND state = 'idle' AND query LIKE 'ROLLBACK /* waits%' "
             "AND application_name = 'matviews')",
         )
         hook.cancel()

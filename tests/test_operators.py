@@ -350,7 +350,8 @@ def test_an_execution_timeout_cancels_the_statement_and_the_old_rows_serve(db: D
     assert recorded is not None
     assert recorded.status == "failed"
     assert recorded.error is not None
-    assert recorded.error["class"] == "AirflowTaskTimeout"
+    # The server was stopped a little before Airflow would have ended the process.
+    assert (recorded.error["class"], recorded.error["sqlstate"]) == ("OperationTimedOut", "57014")
     assert db.rows("SELECT id FROM mv") == [(1,)]
 
 
@@ -376,7 +377,7 @@ def test_contradictory_and_missing_arguments_are_refused_at_execution_before_any
         (RefreshMatViewOperator, {"view": "a.b.c"}, "a.b.c"),
         (DeleteMatViewOperator, {"view": "mv", "definition": _DECLARED}, "Give either view=... or definition=..., not"),
         (DeleteMatViewOperator, {}, "Which view?"),
-        (DeleteMatViewOperator, {"view": "mv", "lock_timeout": 0}, "lock_timeout=0 is not a number of seconds above 0"),
+        (DeleteMatViewOperator, {"view": "mv", "lock_timeout": 0}, "lock_timeout=0 is not a number of seconds from"),
     ]
     with DAG("wrong", schedule=None) as dag:
         chain(

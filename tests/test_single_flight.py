@@ -28,8 +28,8 @@ from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 HISTORY: LiteralString = "SELECT status, error_class FROM matviews.mat_view_run_history ORDER BY id"
 #: True while somebody pauses who asked for a view's lock in vain.
 WAITING: LiteralString = """
-    SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'
-                   AND query LIKE '%pg_try_advisory_xact_lock%'
+    SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle'
+                   AND query LIKE 'ROLLBACK /* waits%'
                    AND state_change < clock_timestamp() - interval '0.2 s')
 """
 #: Who is not kept off by the view's lock is to fail at the next one, and not to hang.

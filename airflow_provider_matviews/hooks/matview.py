@@ -105,6 +105,7 @@ class MatViewHook(PostgresHook):
         and try_number.
     :param longest: seconds that any operation may take in all, whatever its ``timeout`` says; operators give what
         ``execution_timeout`` leaves.
+    :param given: seconds of which ``longest`` is what is left, for the story; None for all.
     :raises InvalidName: when ``tracking_schema`` is no identifier.
     :raises InvalidDefinition: when ``context`` holds anything else than that.
     """
@@ -117,6 +118,7 @@ class MatViewHook(PostgresHook):
         tracking_schema: str = "matviews",
         context: Mapping[str, Any] | None = None,
         longest: float | None = None,
+        given: float | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -128,6 +130,7 @@ class MatViewHook(PostgresHook):
                     f"context[{key!r}]={value!r} is none of {', '.join(_CONTEXT)}, each of its type."
                 )
         self.longest = Timeouts(timeout=longest).timeout
+        self.given = given
         self._driver: Driver | AsyncDriver | None = None
         self._conninfo: str | None = None
         self._learnt = 0.0
@@ -439,7 +442,7 @@ class MatViewHook(PostgresHook):
 
     @cached_property
     def _operations(self) -> Operations:
-        return Operations(self._ledger, self.context, self.longest)
+        return Operations(self._ledger, self.context, self.longest, self.given)
 
     @cached_property
     def _ledger(self) -> Ledger:

@@ -16,7 +16,7 @@ from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.outcome import log_error, log_statements, stood_back, summary, unpack_error
 from airflow_provider_matviews.services.response import ServiceResponse
-from airflow_provider_matviews.timeouts import Timeouts
+from airflow_provider_matviews.timeouts import LONGEST, Timeouts
 from airflow_provider_matviews.triggers.matview import MatViewTrigger
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class _MatViewOperator(BaseOperator):
         finally:
             self._hook = None
         log_statements(self.log, response)
-        return self._conclude(context, hook, summary(response), stood_back(response))
+        return self._conclude(context, hook, summary(response, hook.redact), stood_back(response))
 
     def on_kill(self) -> None:
         """Stop the statement on the server; what it had done is undone there."""
@@ -123,7 +123,7 @@ class _MatViewOperator(BaseOperator):
         if self.execution_timeout is None:
             return None
         seconds = self.execution_timeout.total_seconds()
-        return seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT)
+        return min(seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT), LONGEST)
 
     def _declared(self) -> MatViewDefinition | None:
         if self.definition is None:
@@ -197,6 +197,8 @@ class _DeferrableMatViewOperator(_MatViewOperator):
         names = ("lock_timeout", "max_wait", "statement_timeout", "timeout")
         # Refused here and not only in the triggerer.
         limits = Timeouts(**{name: arguments[name] for name in names})
+        if isinstance(subject, MatViewDefinition):
+            limits = limits.over(Timeouts.of(subject.timeouts))
         given = [each for each in (limits.timeout, self._longest()) if each is not None]
         seconds = min(given, default=LONGEST_DEFERRAL)
         trigger = MatViewTrigger(

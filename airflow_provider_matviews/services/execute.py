@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from enum import Enum, auto
 from itertools import chain, repeat
 from queue import Empty, SimpleQueue
 from types import TracebackType
@@ -47,6 +48,8 @@ _T = TypeVar("_T")
 
 #: Seconds after which a connection is asked whether it is still there before it is given something to do.
 IDLE_LONG = 0.25
+#: Seconds after which the server is asked again to cancel.
+_INSIST_EVERY = 0.5
 
 
 class Driver:
@@ -97,6 +100,9 @@ class Driver:
         """
         self._stop.request(reason)
         self._interrupt()
+        if self._watchman is not None:
+            # The statement may be sent only now, after the look whether it should be.
+            self._watchman.insist()
 
     def run(self, work: Work[_T]) -> _T:
         """Run a service to its end and return what it returns.
@@ -147,8 +153,17 @@ class Driver:
 
     def _interrupt(self) -> None:
         self._wake.put(None)
-        if connection := self._connections.get(Session.WORK):
-            _cancel(connection)
+        # Not the record's once it has been told: that is the clean-up.
+        for session, connection in list(self._connections.items()):
+            if session is Session.WORK or not self._stop.told:
+                _cancel(connection)
+
+    def insist(self) -> bool:
+        """Ask the server again while what was asked has not been heard; return whether that was so."""
+        if not self._stop.requested or self._stop.told:
+            return False
+        self._interrupt()
+        return True
 
     def _perform(self, instruction: Instruction) -> Result:
         if self._stop.requested and not self._stop.told and not isinstance(instruction, Note):
@@ -234,6 +249,11 @@ class Driver:
         return True
 
 
+class _Order(Enum):
+    INSIST = auto()
+    GO_HOME = auto()
+
+
 class _Watchman(threading.Thread):
     """Does beside a blocked driver what cannot wait for it: looks at it now and then, and ends it in time.
 
@@ -244,7 +264,7 @@ class _Watchman(threading.Thread):
         super().__init__(name="matviews-watchman", daemon=True)
         self._driver = driver
         self._pauses = chain(pace, repeat(pace[-1]))
-        self._orders: SimpleQueue[Watch | Deadline | None] = SimpleQueue()
+        self._orders: SimpleQueue[Watch | Deadline | _Order] = SimpleQueue()
         self._dismissed = False
 
     def order(self, order: Watch | Deadline) -> None:
@@ -253,23 +273,29 @@ class _Watchman(threading.Thread):
         if self.ident is None:
             self.start()
 
+    def insist(self) -> None:
+        """Have it see to it that a request to stop is heard. Safe in a signal handler, as nothing else here is."""
+        self._orders.put(_Order.INSIST)
+
     def dismiss(self) -> None:
         """Send it home. It is not waited for: it may be in the middle of a look, which then says nothing."""
         self._dismissed = True
-        self._orders.put(None)
+        self._orders.put(_Order.GO_HOME)
 
     def run(self) -> None:
         """Watch until dismissed."""
-        watch, deadline, look_at = Watch(None), None, float("inf")
+        watch, deadline, look_at, insist_at = Watch(None), None, float("inf"), float("inf")
         while not self._dismissed:
-            next_at = min(look_at, deadline.at if deadline else float("inf"))
+            next_at = min(look_at, insist_at, deadline.at if deadline else float("inf"))
             try:
                 wait = None if next_at == float("inf") else max(0.0, next_at - time.monotonic())
                 order = self._orders.get(timeout=wait)
             except Empty:
                 pass
             else:
-                if isinstance(order, Deadline):
+                if order is _Order.INSIST:
+                    insist_at = time.monotonic() + _INSIST_EVERY
+                elif isinstance(order, Deadline):
                     deadline = order
                 elif isinstance(order, Watch):
                     watch = order
@@ -277,7 +303,9 @@ class _Watchman(threading.Thread):
                 continue
             if deadline is not None and time.monotonic() >= deadline.at:
                 self._driver.time_out(deadline)
-                deadline = None
+                deadline, insist_at = None, time.monotonic() + _INSIST_EVERY
+            elif time.monotonic() >= insist_at:
+                insist_at = time.monotonic() + _INSIST_EVERY if self._driver.insist() else float("inf")
             else:
                 line = self._driver.look(watch)
                 look_at = time.monotonic() + next(self._pauses)

@@ -134,8 +134,10 @@ class AsyncDriver:
 
     def _interrupt(self) -> None:
         self._wake.set()
-        connection = self._connections.get(Session.WORK)
-        if connection is not None and _busy(connection):
+        for session, connection in self._connections.items():
+            # Not the record's once it has been told: that is the clean-up.
+            if not _busy(connection) or (session is Session.RECORD and self._stop.told):
+                continue
             task = asyncio.get_running_loop().create_task(_cancel(connection))
             self._cancelling.add(task)
             task.add_done_callback(self._cancelling.discard)

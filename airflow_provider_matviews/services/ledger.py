@@ -356,8 +356,9 @@ class Ledger:
         row = yield from fetch_one(
             sql.SQL(
                 "SELECT id, duration_ms, meta FROM {} WHERE meta ? 'deferral' AND meta->>'deferral' = %s "
-                "AND status = ANY(%s) ORDER BY id DESC LIMIT 1"
-            ).format(self._table("mat_view_runs")),
+                "AND status = ANY(%s) AND (status <> {} OR meta->'response'->>'status' IS NOT NULL) "
+                "ORDER BY id DESC LIMIT 1"
+            ).format(self._table("mat_view_runs"), sql.Literal(int(RunStatus.SKIPPED))),
             (deferral, [int(status) for status in statuses]),
             Session.RECORD,
         )

@@ -20,6 +20,8 @@ _T = TypeVar("_T")
 
 #: Part of what is hashed, so that our keys do not meet those of others.
 _NAMESPACE = "airflow_provider_matviews"
+#: Says in pg_stat_activity why the session is idle.
+_STEP_BACK = sql.SQL("ROLLBACK /* waits for another operation on the view */")
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
 #: Seconds between two lines about a wait that goes on.
@@ -66,31 +68,57 @@ def _pauses() -> Callable[[], float]:
     return following
 
 
-def take_view_lock(view: ResolvedName, if_locked: IfLocked, patience: Patience) -> Work[float | None]:
+def take_view_lock(
+    view: ResolvedName,
+    if_locked: IfLocked,
+    patience: Patience,
+    begin_again: Callable[[], Work[None]],
+    deferral: str | None = None,
+) -> Work[float | None]:
     """Take the view's advisory lock until the transaction ends; return the seconds waited, None if it was not had.
 
     A transaction's lock, not a session's, so that it works behind a transaction pooler; a 64-bit key, since
     32 bits collide (measured: 2 pairs in 200,000 names). See
     https://www.postgresql.org/docs/current/explicit-locking.html#ADVISORY-LOCKS.
+
+    While it waits the transaction is rolled back: behind a transaction pooler those who wait would otherwise keep all
+    the server's connections from the one they wait for.
+
+    :param begin_again: begins the transaction anew, as it was.
+    :param deferral: what all copies of one deferred operation have in common. They go one after the other, whatever
+        ``if_locked`` says of other operations: held with the view's lock or without it, this one is had in the end.
     """
     begun = time.monotonic()
     pause = _pauses()
     told: float | None = None
     while True:
-        row = yield from fetch_one(sql.SQL("SELECT pg_try_advisory_xact_lock({}) AS taken").format(lock_key(view)))
-        assert row is not None
         waited = time.monotonic() - begun
-        if row["taken"]:
-            if told is not None:
-                yield Note(f"Had the lock of {view.display} after {waited:.1f} s.")
-                return waited
+        if deferral is not None and not (yield from _try_lock(_deferral_key(deferral))):
+            whose, longest = "This very task's earlier operation", float("inf")
+        elif not (yield from _try_lock(lock_key(view))):
+            if if_locked is not IfLocked.WAIT or waited >= patience.max_wait:
+                return None
+            whose, longest = "Another operation", patience.max_wait
+        elif told is None:
             return 0.0
-        if if_locked is not IfLocked.WAIT or waited >= patience.max_wait:
-            return None
+        else:
+            yield Note(f"Had the lock of {view.display} after {waited:.1f} s.")
+            return waited
         if told is None or waited - told >= _NEWS_EVERY:
             told = waited
-            yield Note(f"Another operation on {view.display} is running; waiting for it ({waited:.0f} s so far).")
-        yield Pause(min(pause(), patience.max_wait - waited))
+            yield Note(f"{whose} on {view.display} is running; waiting for it ({waited:.0f} s so far).")
+        yield Command(_STEP_BACK)
+        yield Pause(min(pause(), longest - waited))
+        yield from begin_again()
+
+
+def _try_lock(key: sql.Composable) -> Work[bool]:
+    row = yield from fetch_one(sql.SQL("SELECT pg_try_advisory_xact_lock({}) AS taken").format(key))
+    return row is not None and bool(row["taken"])
+
+
+def _deferral_key(deferral: str) -> sql.Composed:
+    return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} deferral {deferral}"))
 
 
 def lock_key(view: ResolvedName) -> sql.Composed:

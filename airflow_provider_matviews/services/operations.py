@@ -42,11 +42,13 @@ class Operations:
     :param ledger: where they are recorded.
     :param context: whose task it is, for the record.
     :param longest: seconds that an operation may take in all, whatever the timeouts say.
+    :param given: seconds of which ``longest`` is what is left, for the story; None for all.
     """
 
     ledger: Ledger
     context: Mapping[str, Any] = field(default_factory=dict)
     longest: float | None = None
+    given: float | None = None
 
     def create(
         self,
@@ -169,5 +171,5 @@ class Operations:
         asked = {**request, "if_locked": locked.value, **timeouts.said()}
         if operation is not Operation.DROP:
             asked["session_settings"] = settings
-        terms = Terms(locked, timeouts, asked, self.context, settings, self.longest, deferral)
+        terms = Terms(locked, timeouts, asked, self.context, settings, self.longest, deferral, self.given)
         return record_run(operation, subject, self.ledger, terms, service)

@@ -21,6 +21,7 @@ from airflow_provider_matviews.definition import IfLocked, MatViewDefinition, Pa
 from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer, ViewLocked
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.advice import advise
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import (
     Command,
@@ -92,6 +93,7 @@ class Terms:
     :ivar session_settings: go before those of the definition.
     :ivar timeouts: go before those of the definition.
     :ivar longest: seconds that it may take in all, whatever the timeouts say.
+    :ivar given: seconds of which ``longest`` is what is left, for the story.
     :ivar deferral: what all copies of one deferred operation have in common: where one has ended well, the next
         takes its result, and where one still runs, the next waits for it whatever ``if_locked`` says.
     """
@@ -103,6 +105,7 @@ class Terms:
     session_settings: Mapping[str, ParameterValue] = field(default_factory=dict)
     longest: float | None = None
     deferral: str | None = None
+    given: float | None = None
 
     @property
     def time_limit(self) -> float | None:
@@ -133,13 +136,18 @@ def record_run(
     """
     begun = time.monotonic()
     yield from _set_deadline(terms, begun)
-    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
     try:
-        view, server = yield from _prepare(operation, subject, terms)
+        view, server = yield from _begin(operation, subject, terms)
         known = yield from explained(ledger.tracking_schema, ledger.definition(view))
         terms = yield from _with_timeouts_of(subject, known, terms, begun)
         report = Report.on(view.display, dict(terms.request))
-        waited = yield from _take_turn(view, ledger, terms)
+
+        def begin_again() -> Work[None]:
+            nonlocal server
+            # Behind a pooler perhaps in another session.
+            _, server = yield from _begin(operation, subject, terms)
+
+        waited = yield from take_view_lock(view, terms.if_locked, terms.patience, begin_again, terms.deferral)
         if terms.deferral is not None and (earlier := (yield from _earlier_copy(terms.deferral, view, ledger))):
             yield from _roll_back()
             return earlier
@@ -162,14 +170,16 @@ def record_run(
                 yield from ledger.declare(view, subject.definition, record)
 
         return (yield from _carry_out(service, declared, prepared, run_id, ledger, terms, begun))
-    except BaseException:
+    except BaseException as error:
+        advise(error)
         yield from _roll_back()
         raise
 
 
 def _set_deadline(terms: Terms, begun: float) -> Work[None]:
     if (seconds := terms.time_limit) is not None:
-        yield Deadline(begun + seconds, seconds)
+        given = terms.given if terms.given is not None and seconds == terms.longest else seconds
+        yield Deadline(begun + seconds, given)
 
 
 def _with_timeouts_of(subject: Subject, known: DefinitionRecord | None, terms: Terms, begun: float) -> Work[Terms]:
@@ -187,25 +197,14 @@ def _with_timeouts_of(subject: Subject, known: DefinitionRecord | None, terms: T
     return terms
 
 
-def _take_turn(view: ResolvedName, ledger: Ledger, terms: Terms) -> Work[float | None]:
-    waited = yield from take_view_lock(view, terms.if_locked, terms.patience)
-    if waited is None and terms.deferral is not None:
-        running = yield from ledger.deferred(terms.deferral, RunStatus.RUNNING)
-        if running is not None:
-            yield Note(f"Run {running[0]}, begun by this very task, is still going on: waiting for it.")
-            for_ever = replace(terms.patience, max_wait=float("inf"))
-            # Its end is bounded by the deadline, as this wait is.
-            waited = yield from take_view_lock(view, IfLocked.WAIT, for_ever)
-    return waited
-
-
 def _earlier_copy(deferral: str, view: ResolvedName, ledger: Ledger) -> Work[ServiceResponse | None]:
     """Return the result of another copy of this deferred operation, where one has ended well."""
     ended = yield from ledger.deferred(deferral, RunStatus.SUCCESS, RunStatus.SKIPPED)
     if ended is None:
         return None
     run_id, duration, meta = ended
-    response = dict(meta["response"])
+    # The name as it is, and not without what looks like a secret in it.
+    response = {**meta["response"], "view": view.display}
     status = response.pop("status")
     yield Note(
         f"Run {run_id}, begun by this very task before its triggerer was lost, has ended well: {status} "
@@ -215,19 +214,25 @@ def _earlier_copy(deferral: str, view: ResolvedName, ledger: Ledger) -> Work[Ser
 
 
 def _limits(terms: Terms) -> sql.Composable:
-    settings = [("lock_timeout", f"{round(terms.patience.lock_timeout * 1000)}ms")]
-    longest = [terms.timeouts.statement_timeout] if terms.timeouts.statement_timeout else []
-    if terms.time_limit:
-        # The server's own clock, too: it counts where the client hangs. A second later, for the client says why.
-        longest.append(terms.time_limit + 1)
-    if longest:
-        settings.append(("statement_timeout", f"{max(1, round(min(longest) * 1000))}ms"))
-    return sql.SQL(", ").join(
-        sql.SQL("set_config({}, {}, true)").format(sql.Literal(name), sql.Literal(value)) for name, value in settings
-    )
+    lock_timeout = sql.Literal(f"{round(terms.patience.lock_timeout * 1000)}ms")
+    limits = sql.SQL("set_config('lock_timeout', {}, true)").format(lock_timeout)
+    said = terms.timeouts.statement_timeout
+    # The server's own clock, too: it counts where the client hangs. A second later, for the client says why.
+    longest = [each for each in (said, terms.time_limit and terms.time_limit + 1) if each is not None]
+    if not longest:
+        return limits
+    value: sql.Composable = sql.Literal(f"{max(1, round(min(longest) * 1000))}")
+    if said is None:
+        # What is set for the role, the database or the connection stands where it is shorter.
+        value = sql.SQL(
+            "(SELECT least(nullif(setting::bigint, 0), {}::bigint)::text FROM pg_catalog.pg_settings "
+            "WHERE name = 'statement_timeout')"
+        ).format(value)
+    return sql.SQL("{}, set_config('statement_timeout', {}, true)").format(limits, value)
 
 
-def _prepare(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
+def _begin(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
+    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
     settings = sql.SQL("{}, set_config('idle_in_transaction_session_timeout', '0', true), {}, {}").format(
         _limits(terms), _CONNECTION_CHECK, _KEEPALIVES
     )
@@ -296,11 +301,13 @@ def _stand_back(
     record = yield from ledger.adopt(view, known, None)
     reason = "another operation on the view is running"
     report.told(reason=reason, locked=True)
-    run_id = yield from ledger.skip(record.id, operation, _milliseconds(begun), _meta(report, terms))
-    if terms.if_locked is IfLocked.SKIP:
+    duration = _milliseconds(begun)
+    status = "skipped" if terms.if_locked is IfLocked.SKIP else None
+    run_id = yield from ledger.skip(record.id, operation, duration, _meta(report, terms, status))
+    if status is not None:
         yield Note(f"Skipped: {reason}.")
         yield from _roll_back()
-        return replace(report.end("skipped"), run_id=run_id)
+        return replace(report.end("skipped"), run_id=run_id, duration_ms=duration)
     error = ViewLocked(
         f"{view.display} is being worked on by another operation"
         + (f", for longer than max_wait={terms.patience.max_wait:g} s." if terms.if_locked is IfLocked.WAIT else "."),
@@ -338,7 +345,7 @@ def _carry_out(
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))
     except BaseException as error:
-        _advise(error, prepared)
+        advise(error, prepared.view, prepared.server.role)
         # Whatever was counted has been undone.
         prepared.report.told(row_count_after=None)
         if response is not None:
@@ -426,38 +433,6 @@ def _roll_back(session: Session = Session.WORK) -> Work[None]:
     except psycopg.Error as error:
         # A connection that is gone has been rolled back by the server.
         yield Note(f"The connection is gone ({type(error).__name__}); the server rolls back by itself.", True)
-
-
-def _advise(error: BaseException, prepared: Prepared) -> None:
-    """Say what mends an error of PostgreSQL that does not say it itself."""
-    if getattr(error, "__notes__", None):
-        return
-    role = sql.Identifier(prepared.server.role).as_string(None)
-    if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        error.add_note(
-            f"{prepared.view.display}: the role {role} lacks a right. If it is one on a source that the message names, "
-            f"run: GRANT SELECT ON <that> TO {role}; (and GRANT USAGE ON its schema)."
-        )
-    elif isinstance(error, psycopg.errors.AdminShutdown):
-        error.add_note(
-            "Somebody ended the server's process (pg_terminate_backend), or the server was being shut down. What was "
-            "begun is undone; run it again once the server is there."
-        )
-    elif isinstance(error, psycopg.errors.QueryCanceled) and not isinstance(error, MatViewError):
-        error.add_note(
-            "Either statement_timeout ran out (that of the call, the view, the role or the database), or somebody on "
-            "the server called pg_cancel_backend()."
-        )
-    elif isinstance(error, psycopg.OperationalError) and error.sqlstate is None:
-        error.add_note(
-            "The connection was lost: the server was restarted or failed over, or the network was cut. What was begun "
-            "is undone; run it again once the server is there."
-        )
-    elif isinstance(error, psycopg.errors.UndefinedObject):
-        error.add_note(
-            f"{prepared.view.display}: roles, tablespaces, operator classes and collations that a definition names "
-            "have to exist: create it, or take it out of the definition."
-        )
 
 
 def _attach(error: BaseException, response: ServiceResponse) -> None:

@@ -102,6 +102,7 @@ class MatViewTrigger(BaseTrigger):
                 tracking_schema=self.tracking_schema,
                 context=self.context,
                 longest=self._remaining(),
+                given=self.timeout,
             )
             response = await self._carry_out(hook)
         except Exception as error:
@@ -111,7 +112,7 @@ class MatViewTrigger(BaseTrigger):
             yield _event(error=pack_error(error, hook.redact if hook else str))
         else:
             log_statements(self.log, response)
-            yield _event(summary=summary(response), stood_back=stood_back(response))
+            yield _event(summary=summary(response, hook.redact), stood_back=stood_back(response))
 
     def _remaining(self) -> float:
         remaining = self.deadline - time.time()
