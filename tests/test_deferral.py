@@ -256,9 +256,14 @@ def test_a_copy_waits_also_for_a_first_one_that_has_only_the_lock_yet(built: Dat
         # No run can be inserted, and all can be read.
         other.execute("LOCK TABLE matviews.mat_view_runs IN SHARE MODE")
         with beside(lambda: _fire(trigger), other.close) as first:
-            until(built, sql.SQL("SELECT ({}) = 1").format(sql.SQL(PAUSING)))
+            until(
+                built,
+                "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database() "
+                "AND state = 'idle in transaction' AND query LIKE '%pg_try_advisory_xact_lock%' "
+                "AND state_change < clock_timestamp() - interval '0.2 s'",
+            )
             with beside(lambda: _fire(_copy(trigger)), other.close) as second:
-                until(built, sql.SQL("SELECT ({}) = 2").format(sql.SQL(PAUSING)))
+                until(built, sql.SQL("SELECT ({}) = 1").format(sql.SQL(PAUSING)))
                 other.execute("COMMIT")
                 assert second.result() == first.result()
     assert built.rows(HISTORY) == [("success", None)]
