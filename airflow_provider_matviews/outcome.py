@@ -42,24 +42,30 @@ def stood_back(response: ServiceResponse) -> bool:
     return bool(response.response.get("locked"))
 
 
-def log_statements(log: logging.Logger | Any, response: ServiceResponse) -> None:
-    """Log every statement with its time, as a group that one opens."""
+def log_statements(log: logging.Logger | Any, response: ServiceResponse, redact: Callable[[str], str] = str) -> None:
+    """Log every statement with its time, as a group that one opens.
+
+    :param redact: takes secrets out of text.
+    """
     facts = response.response
     if not facts["sql"]:
         return
     count = len(facts["sql"])
     log.info("::group::The %s statement%s, with the time of each", count, "" if count == 1 else "s")
     for statement, step in zip(facts["sql"], facts["steps"], strict=True):
-        log.info("%9.1f ms  %s", step["ms"], statement)
+        log.info("%9.1f ms  %s", step["ms"], redact(statement))
     log.info("::endgroup::")
 
 
-def log_error(log: logging.Logger | Any, error: BaseException) -> None:
-    """Log an error with what mends it, and the statements so far."""
-    log.error("%s", "\n".join([str(error), *getattr(error, "__notes__", ())]))
+def log_error(log: logging.Logger | Any, error: BaseException, redact: Callable[[str], str] = str) -> None:
+    """Log an error with what mends it, and the statements so far.
+
+    :param redact: takes secrets out of text.
+    """
+    log.error("%s", redact("\n".join([str(error), *getattr(error, "__notes__", ())])))
     so_far = getattr(error, "response", None)
     if isinstance(so_far, ServiceResponse):
-        log_statements(log, so_far)
+        log_statements(log, so_far, redact)
 
 
 def pack_error(error: BaseException, redact: Callable[[str], str] = str) -> dict[str, Any]:

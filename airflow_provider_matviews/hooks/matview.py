@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -131,7 +133,8 @@ class MatViewHook(PostgresHook):
                 )
         self.longest = Timeouts(timeout=longest).timeout
         self.given = given
-        self._driver: Driver | AsyncDriver | None = None
+        self._drivers: set[Driver | AsyncDriver] = set()
+        self._refused: str | None = None
         self._conninfo: str | None = None
         self._learnt = 0.0
 
@@ -385,10 +388,15 @@ class MatViewHook(PostgresHook):
         :param reason: by whom or what, for the record.
         :returns: whether there was one.
         """
-        if self._driver is None:
-            return False
-        self._driver.cancel(reason)
-        return True
+        running = list(self._drivers)
+        for driver in running:
+            driver.cancel(reason)
+        return bool(running)
+
+    def refuse(self, reason: str) -> None:
+        """Stop the operation that runs now, and every one that is begun from now on, as :meth:`cancel` does."""
+        self._refused = reason
+        self.cancel(reason)
 
     def asset_uri(self, view: str) -> str:
         """Return the URI of a view as an Airflow asset: ``postgres://host:port/database/schema/view``.
@@ -404,22 +412,29 @@ class MatViewHook(PostgresHook):
         return f"postgres://{connection.host or 'localhost'}:{connection.port or 5432}/{path}"
 
     def _run(self, work: Work[_T]) -> _T:
-        with Driver(self._open, self.log) as driver:
-            self._driver = driver
-            try:
-                return driver.run(work)
-            finally:
-                self._driver = None
+        with Driver(self._open, self.log, redact=self.redact) as driver, self._known(driver):
+            return driver.run(work)
 
     async def _arun(self, make: Callable[[], Work[_T]]) -> _T:
         # In a thread: asking the Airflow connection for its extras may wait for the supervisor.
-        work = await asyncio.to_thread(make)
-        async with AsyncDriver(self._aopen, self.log) as driver:
-            self._driver = driver
-            try:
+        work = await self._aside(make)
+        async with AsyncDriver(self._aopen, self.log, redact=self.redact) as driver:
+            with self._known(driver):
                 return await driver.run(work)
-            finally:
-                self._driver = None
+
+    @contextmanager
+    def _known(self, driver: Driver | AsyncDriver) -> Iterator[None]:
+        self._drivers.add(driver)
+        try:
+            if self._refused is not None:
+                driver.cancel(self._refused)
+            yield
+        finally:
+            self._drivers.discard(driver)
+
+    @staticmethod
+    async def _aside(function: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(_asides(), function)
 
     def _read(self, work: Work[_T]) -> _T:
         with Driver(self._open, self.log) as driver:
@@ -432,7 +447,7 @@ class MatViewHook(PostgresHook):
         # How to connect is PostgresHook's business, and get_conn() its only stable way in: it opens one connection, and
         # ours is opened as that one was. Learnt anew after a while, since passwords of IAM run out.
         if self._conninfo is None or time.monotonic() - self._learnt > _CONNINFO_KEEPS:
-            self._conninfo = await asyncio.to_thread(self._learn_conninfo)
+            self._conninfo = await self._aside(self._learn_conninfo)
             self._learnt = time.monotonic()
         return await psycopg.AsyncConnection.connect(self._conninfo)
 
@@ -489,8 +504,12 @@ class MatViewHook(PostgresHook):
         self._connection = connection
 
     def redact(self, text: str) -> str:
-        """Return text without the secrets of the connection."""
-        return self._ledger.redact(text)
+        """Return text without the secrets of the connection; where that cannot be looked up there are none."""
+        try:
+            redact = self._ledger.redact
+        except Exception:
+            return text
+        return redact(text)
 
     @property
     def application_name(self) -> str:
@@ -500,6 +519,12 @@ class MatViewHook(PostgresHook):
         # The server turns anything but ASCII into question marks.
         ascii_name = name.encode("ascii", "replace").decode()
         return ascii_name[:_APPLICATION_NAME_BYTES]
+
+
+@cache
+def _asides() -> ThreadPoolExecutor:
+    # Not the loop's own threads, which other triggers need while a server of ours does not answer.
+    return ThreadPoolExecutor(8, thread_name_prefix="matviews")
 
 
 def _timeouts(

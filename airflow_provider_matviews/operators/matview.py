@@ -78,17 +78,17 @@ class _MatViewOperator(BaseOperator):
         try:
             response = self._perform(hook)
         except Exception as error:
-            log_error(self.log, error)
+            log_error(self.log, error, hook.redact)
             raise
         finally:
             self._hook = None
-        log_statements(self.log, response)
+        log_statements(self.log, response, hook.redact)
         return self._conclude(context, hook, summary(response, hook.redact), stood_back(response))
 
     def on_kill(self) -> None:
         """Stop the statement on the server; what it had done is undone there."""
         if self._hook is not None:
-            self._hook.cancel(_STOPPED)
+            self._hook.refuse(_STOPPED)
 
     def _make_hook(self, context: Context) -> MatViewHook:
         return MatViewHook(

@@ -41,9 +41,18 @@ def _of_the_server(error: BaseException) -> str | None:
                 "The pooler had no server connection to give: an operation needs two for moments. Let fewer operations "
                 "run at once than the pooler has connections (by an Airflow pool), or raise its pool size."
             )
-        case psycopg.errors.TooManyConnections():
+        case psycopg.errors.TransactionTimeout():
             return (
-                "Let fewer operations run at once (by an Airflow pool), raise max_connections, or put a pooler between."
+                "The server's transaction_timeout ran out: raise it for the role, or in session_settings of the view."
+            )
+        case psycopg.errors.IdleInTransactionSessionTimeout():
+            return "The process that ran this hung for so long that the server took its locks away. Run it again."
+        case psycopg.OperationalError() if error.sqlstate is None and "FATAL:" in str(error):
+            # A refused connection has no SQLSTATE here, and its words may be in any language.
+            return (
+                "The server refused the connection. Where it has too many: let fewer operations run at once (by an "
+                "Airflow pool), raise max_connections or the role's CONNECTION LIMIT, or put a pooler between. Else "
+                "check the role, its password, the database, and pg_hba.conf."
             )
         case psycopg.OperationalError() if error.sqlstate is None:
             return (

@@ -20,10 +20,12 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import psycopg
+from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
 from airflow_provider_matviews.services.instructions import (
+    Alone,
     Command,
     Deadline,
     Instruction,
@@ -37,19 +39,19 @@ from airflow_provider_matviews.services.instructions import (
 )
 from airflow_provider_matviews.services.stopping import (
     CANCEL_TIMEOUT,
+    CUT_AFTER,
+    IDLE_LONG,
+    INSIST_EVERY,
     LIMITED_LOOK,
     LONG_PAUSE,
     PACE,
+    REOPEN_AFTER,
     Stop,
     conninfo_of,
+    cut,
 )
 
 _T = TypeVar("_T")
-
-#: Seconds after which a connection is asked whether it is still there before it is given something to do.
-IDLE_LONG = 0.25
-#: Seconds after which the server is asked again to cancel.
-_INSIST_EVERY = 0.5
 
 
 class Driver:
@@ -59,6 +61,7 @@ class Driver:
         ``Session.RECORD`` when the first one broke or was given back during a long wait.
     :param log: where a service's notes go.
     :param pace: seconds between the looks at an operation that takes long; the last one goes on.
+    :param redact: takes secrets out of the notes.
     """
 
     def __init__(
@@ -66,16 +69,20 @@ class Driver:
         connect: Callable[[], psycopg.Connection[Any]],
         log: logging.Logger | Any | None = None,
         pace: Sequence[float] = PACE,
+        redact: Callable[[str], str] = str,
     ) -> None:
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
         self._pace = pace
+        self._redact = redact
         self._connections: dict[Session, psycopg.Connection[Any]] = {}
         self._stop = Stop()
         # Not a threading.Event: its lock could be held by the very thread that a signal handler interrupts.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._watchman: _Watchman | None = None
-        self._last_used = time.monotonic()
+        self._last_used: dict[Session, float] = {}
+        #: Those that are in no transaction.
+        self._resting: set[Session] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -136,7 +143,7 @@ class Driver:
     def tell(self, message: str, *, warning: bool = False) -> None:
         """Log a line. Whatever becomes of it, the operation goes on."""
         with suppress(Exception):
-            (self._log.warning if warning else self._log.info)("%s", message)
+            (self._log.warning if warning else self._log.info)("%s", self._redact(message))
 
     def look(self, watch: Watch) -> str | None:
         """Have a look at a statement that runs, from another connection; None where there is nothing to say."""
@@ -158,11 +165,19 @@ class Driver:
             if session is Session.WORK or not self._stop.told:
                 _cancel(connection)
 
-    def insist(self) -> bool:
-        """Ask the server again while what was asked has not been heard; return whether that was so."""
+    def insist(self, *, for_the_last_time: bool) -> bool:
+        """Ask the server again while what was asked has not been heard; return whether that was so.
+
+        :param for_the_last_time: end the connection that does not listen.
+        """
         if not self._stop.requested or self._stop.told:
             return False
-        self._interrupt()
+        if for_the_last_time:
+            for connection in list(self._connections.values()):
+                if _busy(connection):
+                    cut(connection)
+        else:
+            self._interrupt()
         return True
 
     def _perform(self, instruction: Instruction) -> Result:
@@ -173,8 +188,15 @@ class Driver:
         match instruction:
             case Query(statement, parameters, session):
                 return self._execute(session, statement, parameters)
-            case Command(statement, session):
+            case Command(statement, session, undoing):
+                if undoing and not self._stands(session):
+                    return Result()
+                if instruction.begins:
+                    self._resting.add(session)
                 return self._execute(session, statement, None)
+            case Alone(command, settings):
+                self._mind(command.session, settings)
+                return self._execute(command.session, command.statement, None)
             case Pause(seconds):
                 if seconds >= LONG_PAUSE:
                     self._give_back_the_record()
@@ -203,11 +225,9 @@ class Driver:
 
     def _execute(self, session: Session, statement: Any, parameters: Any) -> Result:
         connection = self._connection(session)
-        if session is Session.RECORD:
-            self._last_used = time.monotonic()
         try:
             return _fetch(connection, statement, parameters)
-        except psycopg.errors.QueryCanceled as error:
+        except psycopg.OperationalError as error:
             stopped = self._stop.instead_of(error)
             if stopped is error:
                 raise
@@ -221,32 +241,67 @@ class Driver:
             if _busy(connection):
                 connection.close()
             raise
+        finally:
+            self._last_used[session] = time.monotonic()
+            if not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE:
+                self._resting.add(session)
+            else:
+                self._resting.discard(session)
+
+    def _stands(self, session: Session) -> bool:
+        connection = self._connections.get(session)
+        return connection is not None and not connection.closed
+
+    def _mind(self, session: Session, settings: sql.Composable) -> None:
+        connection = self._connection(session)
+        pid = _fetch(connection, "SELECT pg_backend_pid() AS pid", None).rows[0]["pid"]
+        if pid == connection.info.backend_pid:
+            _fetch(connection, sql.SQL("SELECT {}").format(settings), None)
 
     def _connection(self, session: Session) -> psycopg.Connection[Any]:
         connection = self._connections.get(session)
-        if connection is not None and session is Session.RECORD and not self._alive(connection):
+        if connection is not None and not self._alive(connection, session):
             connection.close()
             connection = None
         if connection is None:
-            connection = self._connect()
+            connection = self._open(session)
             connection.autocommit = True
             # A prepared statement is session state, which a transaction pooler hands to somebody else.
             connection.prepare_threshold = None
             self._connections[session] = connection
         return connection
 
-    def _alive(self, connection: psycopg.Connection[Any]) -> bool:
-        """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout."""
+    def _open(self, session: Session) -> psycopg.Connection[Any]:
+        # Only what stood before is tried for again: an operation that has got somewhere is worth a wait.
+        for pause in REOPEN_AFTER if session in self._last_used and not self._stop.told else ():
+            try:
+                time.sleep(pause)
+                return self._connect()
+            except psycopg.OperationalError:
+                if self._stop.requested:
+                    break
+        return self._connect()
+
+    def _alive(self, connection: psycopg.Connection[Any], session: Session) -> bool:
+        """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout.
+
+        Asked outside of transactions alone: there nothing is lost with it.
+        """
         if connection.closed:
-            return False
-        idle = time.monotonic() - self._last_used
-        if idle < IDLE_LONG or connection.info.transaction_status is not TransactionStatus.IDLE:
+            # Lost in the middle of a transaction it is for the service to hear of.
+            return session not in self._resting
+        if connection.info.transaction_status is not TransactionStatus.IDLE:
+            return True
+        if time.monotonic() - self._last_used.get(session, time.monotonic()) < IDLE_LONG:
             return True
         try:
             connection.execute("SELECT 1", prepare=False)
         except psycopg.Error:
             return False
         return True
+
+
+_NEVER = float("inf")
 
 
 class _Order(Enum):
@@ -266,6 +321,7 @@ class _Watchman(threading.Thread):
         self._pauses = chain(pace, repeat(pace[-1]))
         self._orders: SimpleQueue[Watch | Deadline | _Order] = SimpleQueue()
         self._dismissed = False
+        self._looking: threading.Thread | None = None
 
     def order(self, order: Watch | Deadline) -> None:
         """Hand over what to watch, or until when."""
@@ -284,33 +340,37 @@ class _Watchman(threading.Thread):
 
     def run(self) -> None:
         """Watch until dismissed."""
-        watch, deadline, look_at, insist_at = Watch(None), None, float("inf"), float("inf")
+        watch, deadline, look_at, insist_at, cut_at = Watch(None), None, _NEVER, _NEVER, _NEVER
         while not self._dismissed:
-            next_at = min(look_at, insist_at, deadline.at if deadline else float("inf"))
+            next_at = min(look_at, insist_at, deadline.at if deadline else _NEVER)
             try:
-                wait = None if next_at == float("inf") else max(0.0, next_at - time.monotonic())
-                order = self._orders.get(timeout=wait)
+                order = self._orders.get(timeout=None if next_at == _NEVER else max(0.0, next_at - time.monotonic()))
             except Empty:
-                pass
-            else:
-                if order is _Order.INSIST:
-                    insist_at = time.monotonic() + _INSIST_EVERY
-                elif isinstance(order, Deadline):
-                    deadline = order
-                elif isinstance(order, Watch):
-                    watch = order
-                    look_at = float("inf") if watch.look is None else time.monotonic() + next(self._pauses)
-                continue
-            if deadline is not None and time.monotonic() >= deadline.at:
+                order = None
+            now = time.monotonic()
+            if isinstance(order, Deadline):
+                deadline = order
+            elif isinstance(order, Watch):
+                watch, look_at = order, _NEVER if order.look is None else now + next(self._pauses)
+            elif order is _Order.INSIST:
+                insist_at, cut_at = now + INSIST_EVERY, now + CUT_AFTER
+            elif order is None and deadline is not None and now >= deadline.at:
                 self._driver.time_out(deadline)
-                deadline, insist_at = None, time.monotonic() + _INSIST_EVERY
-            elif time.monotonic() >= insist_at:
-                insist_at = time.monotonic() + _INSIST_EVERY if self._driver.insist() else float("inf")
-            else:
-                line = self._driver.look(watch)
-                look_at = time.monotonic() + next(self._pauses)
-                if line is not None and not self._dismissed:
-                    self._driver.tell(line)
+                deadline, insist_at, cut_at = None, now + INSIST_EVERY, now + CUT_AFTER
+            elif order is None and now >= insist_at:
+                unheard = self._driver.insist(for_the_last_time=now >= cut_at)
+                insist_at = now + INSIST_EVERY if unheard else _NEVER
+            elif order is None and now >= look_at:
+                look_at = now + next(self._pauses)
+                if self._looking is None or not self._looking.is_alive():
+                    # In a thread of its own: connecting may hang, and time is to be kept all the same.
+                    self._looking = threading.Thread(target=self._look, args=(watch,), name=self.name, daemon=True)
+                    self._looking.start()
+
+    def _look(self, watch: Watch) -> None:
+        line = self._driver.look(watch)
+        if line is not None and not self._dismissed:
+            self._driver.tell(line)
 
 
 def initial(work: Work[Any], result: Result) -> Any:

@@ -16,11 +16,13 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import psycopg
+from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
-from airflow_provider_matviews.services.execute import IDLE_LONG, initial
+from airflow_provider_matviews.services.execute import initial
 from airflow_provider_matviews.services.instructions import (
+    Alone,
     Command,
     Deadline,
     Instruction,
@@ -34,11 +36,16 @@ from airflow_provider_matviews.services.instructions import (
 )
 from airflow_provider_matviews.services.stopping import (
     CANCEL_TIMEOUT,
+    CUT_AFTER,
+    IDLE_LONG,
+    INSIST_EVERY,
     LIMITED_LOOK,
     LONG_PAUSE,
     PACE,
+    REOPEN_AFTER,
     Stop,
     conninfo_of,
+    cut,
 )
 
 _T = TypeVar("_T")
@@ -51,6 +58,7 @@ class AsyncDriver:
         ``Session.RECORD`` when the first one broke or was given back during a long statement or wait.
     :param log: where a service's notes go.
     :param pace: seconds between the looks at an operation that takes long; the last one goes on.
+    :param redact: takes secrets out of the notes.
     """
 
     def __init__(
@@ -58,10 +66,12 @@ class AsyncDriver:
         connect: Callable[[], Awaitable[psycopg.AsyncConnection[Any]]],
         log: logging.Logger | Any | None = None,
         pace: Sequence[float] = PACE,
+        redact: Callable[[str], str] = str,
     ) -> None:
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
         self._pace = pace
+        self._redact = redact
         self._connections: dict[Session, psycopg.AsyncConnection[Any]] = {}
         self._stop = Stop()
         self._wake = asyncio.Event()
@@ -69,7 +79,10 @@ class AsyncDriver:
         self._watching: asyncio.Task[None] | None = None
         # The loop holds tasks by weak references only.
         self._cancelling: set[asyncio.Task[None]] = set()
-        self._last_used = time.monotonic()
+        self._asking: set[asyncio.Task[None]] = set()
+        self._last_used: dict[Session, float] = {}
+        #: Those that are in no transaction.
+        self._resting: set[Session] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -134,13 +147,34 @@ class AsyncDriver:
 
     def _interrupt(self) -> None:
         self._wake.set()
+        self._ask_to_cancel()
+        if not self._cancelling:
+            task = asyncio.get_running_loop().create_task(self._insist())
+            self._cancelling.add(task)
+            task.add_done_callback(self._cancelling.discard)
+
+    def _ask_to_cancel(self) -> None:
         for session, connection in self._connections.items():
             # Not the record's once it has been told: that is the clean-up.
             if not _busy(connection) or (session is Session.RECORD and self._stop.told):
                 continue
             task = asyncio.get_running_loop().create_task(_cancel(connection))
-            self._cancelling.add(task)
-            task.add_done_callback(self._cancelling.discard)
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _insist(self) -> None:
+        """See to it that a request to stop is heard."""
+        cut_at = time.monotonic() + CUT_AFTER
+        while not self._stop.told:
+            await asyncio.sleep(INSIST_EVERY)
+            if self._stop.told:
+                return
+            if time.monotonic() < cut_at:
+                self._ask_to_cancel()
+                continue
+            for connection in self._connections.values():
+                if _busy(connection):
+                    cut(connection)
 
     def _time_out(self, deadline: Deadline) -> None:
         self._stop.time_out(deadline)
@@ -153,6 +187,8 @@ class AsyncDriver:
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
+        for task in self._cancelling:
+            task.cancel()
 
     async def _perform(self, instruction: Instruction) -> Result:
         if self._stop.requested and not self._stop.told and not isinstance(instruction, Note):
@@ -161,8 +197,15 @@ class AsyncDriver:
         match instruction:
             case Query(statement, parameters, session):
                 return await self._execute(session, statement, parameters)
-            case Command(statement, session):
+            case Command(statement, session, undoing):
+                if undoing and not self._stands(session):
+                    return Result()
+                if instruction.begins:
+                    self._resting.add(session)
                 return await self._execute(session, statement, None)
+            case Alone(command, settings):
+                await self._mind(command.session, settings)
+                return await self._execute(command.session, command.statement, None)
             case Pause(seconds):
                 if seconds >= LONG_PAUSE:
                     await self._give_back_the_record()
@@ -197,40 +240,80 @@ class AsyncDriver:
     def _tell(self, message: str, *, warning: bool = False) -> None:
         # Whatever becomes of a line, the operation goes on.
         with suppress(Exception):
-            (self._log.warning if warning else self._log.info)("%s", message)
+            (self._log.warning if warning else self._log.info)("%s", self._redact(message))
 
     async def _execute(self, session: Session, statement: Any, parameters: Any) -> Result:
         connection = await self._connection(session)
-        if session is Session.RECORD:
-            self._last_used = time.monotonic()
         try:
             # Cancelled, psycopg cancels the statement on the server and waits for its end.
             return await _fetch(connection, statement, parameters)
-        except psycopg.errors.QueryCanceled as error:
+        except psycopg.OperationalError as error:
             stopped = self._stop.instead_of(error)
             if stopped is error:
                 raise
             raise stopped from error
+        finally:
+            self._last_used[session] = time.monotonic()
+            if not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE:
+                self._resting.add(session)
+            else:
+                self._resting.discard(session)
+
+    def _stands(self, session: Session) -> bool:
+        connection = self._connections.get(session)
+        return connection is not None and not connection.closed
+
+    async def _mind(self, session: Session, settings: sql.Composable) -> None:
+        connection = await self._connection(session)
+        pid = (await _fetch(connection, "SELECT pg_backend_pid() AS pid", None)).rows[0]["pid"]
+        if pid == connection.info.backend_pid:
+            await _fetch(connection, sql.SQL("SELECT {}").format(settings), None)
 
     async def _connection(self, session: Session) -> psycopg.AsyncConnection[Any]:
         connection = self._connections.get(session)
-        if connection is not None and session is Session.RECORD and not await self._alive(connection):
+        if connection is not None and not await self._alive(connection, session):
             await connection.close()
             connection = None
         if connection is None:
-            connection = await self._connect()
+            connection = await self._open(session)
             self._connections[session] = connection
             await connection.set_autocommit(True)
             # A prepared statement is session state, which a transaction pooler hands to somebody else.
             connection.prepare_threshold = None
         return connection
 
-    async def _alive(self, connection: psycopg.AsyncConnection[Any]) -> bool:
-        """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout."""
+    async def _open(self, session: Session) -> psycopg.AsyncConnection[Any]:
+        # As in the blocking driver.
+        for pause in REOPEN_AFTER if session in self._last_used and not self._stop.told else ():
+            try:
+                await asyncio.sleep(pause)
+                return await self._connect_or_stop()
+            except psycopg.OperationalError:
+                if self._stop.requested:
+                    break
+        return await self._connect_or_stop()
+
+    async def _connect_or_stop(self) -> psycopg.AsyncConnection[Any]:
+        if self._stop.told:
+            return await self._connect()
+        connecting = asyncio.ensure_future(self._connect())
+        waking = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait({connecting, waking}, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done():
+                return connecting.result()
+            raise self._stop.tell()
+        finally:
+            waking.cancel()
+            connecting.cancel()
+
+    async def _alive(self, connection: psycopg.AsyncConnection[Any], session: Session) -> bool:
+        """As in the blocking driver."""
         if connection.closed:
-            return False
-        idle = time.monotonic() - self._last_used
-        if idle < IDLE_LONG or connection.info.transaction_status is not TransactionStatus.IDLE:
+            return session not in self._resting
+        if connection.info.transaction_status is not TransactionStatus.IDLE:
+            return True
+        if time.monotonic() - self._last_used.get(session, time.monotonic()) < IDLE_LONG:
             return True
         try:
             await connection.execute("SELECT 1", prepare=False)

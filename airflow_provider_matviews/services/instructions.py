@@ -44,15 +44,37 @@ class Command:
     It is sent through the extended protocol, which takes exactly one statement: the server refuses a second
     one smuggled in (42601, measured). See
     https://www.postgresql.org/docs/current/protocol-flow.html#PROTOCOL-FLOW-EXT-QUERY.
+
+    :param undoing: to be sent only where the connection stands: what is lost has been undone by the server.
     """
 
     statement: sql.Composable
     session: Session = Session.WORK
+    undoing: bool = False
 
     @property
     def text(self) -> str:
         """The statement as the server reads it."""
         return self.statement.as_string(None)
+
+    @property
+    def begins(self) -> bool:
+        """Whether it begins a transaction, so that nothing is lost with a connection that was."""
+        return self.text.startswith("BEGIN")
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """A command outside of any transaction, such as VACUUM.
+
+    What a transaction would have been told to mind, the session is told, where it is ours alone: behind a pooler it
+    would stay there for others.
+
+    :param settings: expressions that make the settings.
+    """
+
+    command: Command
+    settings: sql.Composable
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +129,7 @@ class Result:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
-Instruction = Query | Command | Pause | Note | Deadline | Watch
+Instruction = Query | Command | Alone | Pause | Note | Deadline | Watch
 _T = TypeVar("_T")
 #: A service, or a part of one, that ends with a ``_T``.
 Work = Generator[Instruction, Result, _T]

@@ -319,12 +319,12 @@ class Ledger:
         assert row is not None
         return int(row["id"]), list(row["orphans"])
 
-    def views_with_running(self) -> Work[list[tuple[int, ResolvedName]]]:
-        """Return the definition's id and the view of every run that says ``running``, be it alive or not."""
+    def running(self) -> Work[list[tuple[int, ResolvedName]]]:
+        """Return id and view of every run that says ``running``, be it alive or not."""
         rows = yield from fetch_all(
             sql.SQL(
-                "SELECT DISTINCT d.id, d.schema_name, d.view_name, d.name FROM {} r JOIN {} d "
-                "ON d.id = r.mat_view_definition_id WHERE r.status = {} ORDER BY d.id"
+                "SELECT r.id, d.schema_name, d.view_name, d.name FROM {} r JOIN {} d "
+                "ON d.id = r.mat_view_definition_id WHERE r.status = {} ORDER BY r.id"
             ).format(
                 self._table("mat_view_runs"), self._table("mat_view_definitions"), sql.Literal(int(RunStatus.RUNNING))
             ),
@@ -333,23 +333,28 @@ class Ledger:
         )
         return [(row["id"], ResolvedName(row["schema_name"], row["view_name"], row["name"])) for row in rows]
 
-    def lose(self, definition_id: int) -> Work[list[int]]:
-        """Mark the runs of a view that say ``running`` as failed (``RunLost``); the caller holds the view's lock."""
-        rows = yield from fetch_all(
+    def lose(self, run_id: int, held: sql.Composable, lock: str) -> Work[bool]:
+        """Mark a run that says ``running`` as failed (``RunLost``) unless its view's lock is held; return whether.
+
+        :param held: the expression of whether the lock ``%(lock)s`` is held.
+        :param lock: the lock's name.
+        """
+        row = yield from fetch_one(
             sql.SQL(
                 "UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(), "
                 "updated_at = clock_timestamp(), error = {lost} "
-                "WHERE mat_view_definition_id = %(definition)s AND status = %(running)s RETURNING id"
-            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR),
+                "WHERE id = %(id)s AND status = %(running)s AND NOT {held} RETURNING id"
+            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR, held=held),
             {
                 "failed": RunStatus.FAILED,
                 "error": Jsonb(_LOST),
-                "definition": definition_id,
+                "id": run_id,
                 "running": RunStatus.RUNNING,
+                "lock": lock,
             },
             Session.RECORD,
         )
-        return sorted(row["id"] for row in rows)
+        return row is not None
 
     def deferred(self, deferral: str, *statuses: RunStatus) -> Work[tuple[int, int, dict[str, Any]] | None]:
         """Return id, duration (milliseconds) and meta of the latest run with this deferral and status."""

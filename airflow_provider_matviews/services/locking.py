@@ -24,6 +24,8 @@ _NAMESPACE = "airflow_provider_matviews"
 _STEP_BACK = sql.SQL("ROLLBACK /* waits for another operation on the view */")
 _FIRST_PAUSE = 0.05
 _LONGEST_PAUSE = 5.0
+#: Shorter for who waits for another operation: else those who come later, and ask more often, always go first.
+_LONGEST_WAIT = 1.0
 #: Seconds between two lines about a wait that goes on.
 _NEWS_EVERY = 30.0
 
@@ -56,12 +58,12 @@ class Patience:
 DEFAULT_PATIENCE = Patience()
 
 
-def _pauses() -> Callable[[], float]:
+def _pauses(longest: float = _LONGEST_PAUSE) -> Callable[[], float]:
     pause = _FIRST_PAUSE
 
     def following() -> float:
         nonlocal pause
-        current, pause = pause, min(pause * 2, _LONGEST_PAUSE)
+        current, pause = pause, min(pause * 2, longest)
         # Jitter only spreads competitors; it is no secret.
         return current * random.uniform(0.5, 1.0)  # noqa: S311
 
@@ -89,7 +91,7 @@ def take_view_lock(
         ``if_locked`` says of other operations: held with the view's lock or without it, this one is had in the end.
     """
     begun = time.monotonic()
-    pause = _pauses()
+    pause = _pauses(_LONGEST_WAIT)
     told: float | None = None
     while True:
         waited = time.monotonic() - begun
@@ -121,9 +123,24 @@ def _deferral_key(deferral: str) -> sql.Composed:
     return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} deferral {deferral}"))
 
 
+#: Whether anybody holds the advisory lock of a name, as pg_locks shows a key of 64 bits; every role may ask
+#: (https://www.postgresql.org/docs/current/view-pg-locks.html).
+LOCK_IS_HELD = sql.SQL(
+    "EXISTS (SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended(%(lock)s, 0) AS key) k "
+    "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
+    "AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
+    "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
+)
+
+
+def lock_name(view: ResolvedName) -> str:
+    """Return what is hashed for a view's advisory lock."""
+    return f"{_NAMESPACE} {view.ddl}"
+
+
 def lock_key(view: ResolvedName) -> sql.Composed:
     """Return the SQL expression of a view's advisory lock key (a bigint)."""
-    return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} {view.ddl}"))
+    return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(lock_name(view)))
 
 
 def politely(

@@ -190,7 +190,7 @@ def _migrate(tracking_schema: str) -> Work[None]:
             )
         yield Command(sql.SQL("COMMIT"), Session.RECORD)
     except psycopg.Error:
-        yield Command(sql.SQL("ROLLBACK"), Session.RECORD)
+        yield Command(sql.SQL("ROLLBACK"), Session.RECORD, undoing=True)
         raise
 
 

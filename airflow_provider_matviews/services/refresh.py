@@ -101,6 +101,9 @@ def _by_choice(situation: auto.Situation, job: Refreshing) -> Work[None]:
     try:
         yield from _carry_out(strategy, job)
     except (StrategyRefused, psycopg.ProgrammingError, psycopg.InternalError, psycopg.NotSupportedError) as error:
+        if isinstance(error, (psycopg.errors.IdleInTransactionSessionTimeout, psycopg.errors.TransactionTimeout)):
+            # Of the same class by its number, and the end of the connection.
+            raise
         # Not every reason can be known before it is tried: rights on types, event triggers of others ...
         yield Command(sql.SQL("ROLLBACK TO SAVEPOINT choice"))
         told = error.message if isinstance(error, StrategyRefused) else str(error).splitlines()[0]

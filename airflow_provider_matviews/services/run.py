@@ -24,6 +24,7 @@ from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.advice import advise
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import (
+    Alone,
     Command,
     Deadline,
     Note,
@@ -61,8 +62,11 @@ _KEEPALIVES = sql.SQL(
 #: end, holding its locks (measured). Takes effect from PostgreSQL 14, and where the server's system can tell.
 _CONNECTION_CHECK = sql.SQL(
     "set_config('client_connection_check_interval', CASE WHEN version() ~* 'linux' OR (version() !~* "
-    "'mingw|visual c|msvc' AND current_setting('server_version_num')::integer >= 150000) THEN '2s' ELSE '0' END, true)"
+    "'mingw|visual c|msvc' AND current_setting('server_version_num')::integer >= 150000) THEN '2s' ELSE '0' END, {})"
 )
+#: How long a client that hangs (a virtual machine that is paused) may keep its locks between two statements. Longer
+#: than any wait of the record's connection for which the work has to stand still.
+_IDLE_IN_TRANSACTION = sql.SQL("set_config('idle_in_transaction_session_timeout', '2min', true)")
 
 
 @dataclass(frozen=True)
@@ -233,8 +237,8 @@ def _limits(terms: Terms) -> sql.Composable:
 
 def _begin(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
-    settings = sql.SQL("{}, set_config('idle_in_transaction_session_timeout', '0', true), {}, {}").format(
-        _limits(terms), _CONNECTION_CHECK, _KEEPALIVES
+    settings = sql.SQL(", ").join(
+        [_limits(terms), _IDLE_IN_TRANSACTION, _CONNECTION_CHECK.format(sql.SQL("true")), _KEEPALIVES]
     )
     server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE, settings=settings)
     if server.in_recovery or server.read_only:
@@ -331,7 +335,10 @@ def _carry_out(
     def attempt() -> Work[ServiceResponse]:
         prepared.report.restart()
         # Inside the savepoint: what is undone for another attempt is set again.
-        yield from apply_settings({**prepared.record.session_settings, **terms.session_settings})
+        settings = {**prepared.record.session_settings, **terms.session_settings}
+        if terms.timeouts.statement_timeout is not None:
+            settings.pop("statement_timeout", None)
+        yield from apply_settings(settings)
         return (yield from service(prepared))
 
     try:
@@ -359,16 +366,19 @@ def _carry_out(
         if not isinstance(error, psycopg.Error):
             raise
     yield Note(_story(response, time.monotonic() - begun))
-    yield from _follow_up(prepared)
+    yield from _follow_up(prepared, terms)
     return replace(response, run_id=run_id, duration_ms=duration)
 
 
-def _follow_up(prepared: Prepared) -> Work[None]:
+def _follow_up(prepared: Prepared, terms: Terms) -> Work[None]:
+    settings = _CONNECTION_CHECK.format(sql.SQL("false"))
+    if (seconds := terms.timeouts.statement_timeout) is not None:
+        settings += sql.SQL(", set_config('statement_timeout', {}, false)").format(sql.Literal(f"{seconds}s"))
     for step, command in prepared.report.follow_up:
         begun = time.monotonic()
         try:
             with prepared.report.running(step):
-                yield command
+                yield Alone(command, settings)
         except psycopg.Error as error:
             yield Note(f"The run is a success; {step} after it was not: {str(error).splitlines()[0]}", True)
         else:
@@ -429,7 +439,7 @@ def _record_failure(
 
 def _roll_back(session: Session = Session.WORK) -> Work[None]:
     try:
-        yield Command(sql.SQL("ROLLBACK"), session)
+        yield Command(sql.SQL("ROLLBACK"), session, undoing=True)
     except psycopg.Error as error:
         # A connection that is gone has been rolled back by the server.
         yield Note(f"The connection is gone ({type(error).__name__}); the server rolls back by itself.", True)

@@ -5,7 +5,10 @@ What both drivers share, and no more: the clean-up after the news has to get thr
 
 from __future__ import annotations
 
+import os
+import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -16,6 +19,13 @@ from airflow_provider_matviews.services.instructions import Deadline
 
 #: Seconds that asking the server to cancel may take; an unreachable server must not hold up the task's end.
 CANCEL_TIMEOUT = 5.0
+#: Seconds after which the server is asked again to cancel, and after which the connection is cut: whoever waits for a
+#: pooler's server connection, or whose server is not to be reached, cannot be cancelled.
+INSIST_EVERY, CUT_AFTER = 0.5, 5.0
+#: Seconds after which a connection is asked whether it is still there before it is given something to do.
+IDLE_LONG = 0.25
+#: Seconds before each attempt to open the record's connection once more: others may have taken its place meanwhile.
+REOPEN_AFTER = (0.0, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0)
 #: Seconds of waiting from which on the record's connection is given back: fifty who wait for a view need one each.
 LONG_PAUSE = 0.5
 #: Seconds between the looks at an operation that takes long; the last one goes on.
@@ -59,14 +69,22 @@ class Stop:
             )
         return kind(message)
 
-    def instead_of(self, error: psycopg.errors.QueryCanceled) -> BaseException:
+    def instead_of(self, error: psycopg.OperationalError) -> BaseException:
         """Return what a statement's end means: our own doing, or somebody else's."""
-        ours = self.requested and not self.told
-        # Either way it has been heard: what follows is the clean-up.
-        self.told = True
-        return self.tell() if ours else error
+        if self.requested and not self.told:
+            return self.tell()
+        if isinstance(error, psycopg.errors.QueryCanceled):
+            # It has been heard: what follows is the clean-up.
+            self.told = True
+        return error
 
 
 def conninfo_of(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> str:
     """Return what opens another connection like this one, its password in it."""
     return make_conninfo(**connection.info.get_parameters(), password=connection.info.password or None)
+
+
+def cut(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any]) -> None:
+    """End a connection on which somebody else waits; who waits hears of it as of a lost connection."""
+    with suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(connection.pgconn.socket)) as end:
+        end.shutdown(socket.SHUT_RDWR)

@@ -108,10 +108,10 @@ class MatViewTrigger(BaseTrigger):
         except Exception as error:
             so_far = getattr(error, "response", None)
             if isinstance(so_far, ServiceResponse):
-                log_statements(self.log, so_far)
+                log_statements(self.log, so_far, hook.redact if hook else str)
             yield _event(error=pack_error(error, hook.redact if hook else str))
         else:
-            log_statements(self.log, response)
+            log_statements(self.log, response, hook.redact)
             yield _event(summary=summary(response, hook.redact), stood_back=stood_back(response))
 
     def _remaining(self) -> float:

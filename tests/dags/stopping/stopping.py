@@ -35,3 +35,7 @@ for deferrable, suffix in ((False, ""), (True, "_deferred")):
 
 with DAG("kept_deferred", schedule=None):
     refresh(deferrable=True, cancel_on_kill=False)
+
+# Paused: the scheduler would take the run for one of its own.
+with DAG("at_a_terminal", schedule=None):
+    refresh(deferrable=False)
