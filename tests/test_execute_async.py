@@ -20,6 +20,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.execute_async import AsyncDriver
 from airflow_provider_matviews.services.instructions import (
+    Alone,
     Command,
     Note,
     Pause,
@@ -502,3 +503,126 @@ def test_the_server_notices_by_itself_when_nobody_is_there_any_more(each_db: Dat
     else:
         hook.create(definition)
     assert each_db.rows(raw(f"SELECT {', '.join(names)} FROM settings")) == [("2s", "30", "10", "3")]
+
+
+BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+
+
+def _refresh(hook: Any, view: str, asynchronous: bool, **arguments: Any) -> Any:
+    return asyncio.run(hook.arefresh(view, **arguments)) if asynchronous else hook.refresh(view, **arguments)
+
+
+@BOTH
+def test_who_waits_for_another_operation_outlives_its_idle_connection(db: Database, asynchronous: bool) -> None:
+    """It holds nothing while it waits: whoever ends idle connections takes nothing from it."""
+    hook_on(db).create(DEFINITION_OF_ONE)
+    key = lock_key(ResolvedName("public", "one", "one"))
+    waiting = "FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'ROLLBACK /* waits%'"
+    with db.connect() as other:
+        other.execute(raw("SELECT pg_advisory_lock({})").format(key))
+        with beside(lambda: _refresh(hook_on(db), "one", asynchronous), other.close) as running:
+            until(db, raw(f"SELECT EXISTS (SELECT {waiting} AND state = 'idle')"))
+            until(db, raw(f"SELECT bool_or(pg_terminate_backend(pid, 5000)) {waiting} AND state = 'idle'"))
+            other.close()
+            assert running.result().status == "updated"
+    assert db.rows(HISTORY) == [("success", None)] * 2
+
+
+@BOTH
+def test_a_hook_that_was_told_to_refuse_begins_nothing(db: Database, asynchronous: bool) -> None:
+    """A signal may come before there is a connection on which to cancel anything."""
+    hook = hook_on(db)
+    hook.create(DEFINITION_OF_ONE)
+    hook.refuse("the task was stopped")
+    with pytest.raises(OperationCancelled, match="the task was stopped"):
+        _refresh(hook, "one", asynchronous)
+    assert db.rows(HISTORY) == [("success", None)]
+
+
+def test_cancel_ends_all_that_a_hook_runs(db: Database) -> None:
+    _gated_view(db)
+    db.execute("CREATE MATERIALIZED VIEW other AS SELECT gate() AS n WITH NO DATA")
+    hook = hook_on(db)
+
+    async def cancel_both() -> None:
+        tasks = [asyncio.create_task(hook.arefresh(view, lock_timeout=60)) for view in ("mv", "other")]
+        await _until(db, "SELECT count(*) = 2 FROM pg_locks WHERE objid = 4711 AND NOT granted")
+        assert hook.cancel()
+        assert [type(each) for each in await asyncio.gather(*tasks, return_exceptions=True)] == [OperationCancelled] * 2
+
+    with gate_closed(db):
+        asyncio.run(cancel_both())
+    assert db.rows(HISTORY) == [("failed", "OperationCancelled")] * 2
+
+
+def test_finished_work_waits_for_a_connection_to_its_record(db: Database) -> None:
+    """The record's connection is given back while the work takes long; others may have taken its place."""
+    _gated_view(db)
+    role = db.role("LOGIN IN ROLE postgres")
+    limit = sql.SQL("ALTER ROLE {} CONNECTION LIMIT {}")
+
+    def set_limit(number: int) -> None:
+        with db.connect() as connection:
+            connection.execute(limit.format(sql.Identifier(role), sql.Literal(number)))
+
+    async def refresh() -> Any:
+        refused = asyncio.Event()
+
+        async def connect() -> psycopg.AsyncConnection[Any]:
+            try:
+                return await psycopg.AsyncConnection.connect(db.dsn(role))
+            except psycopg.OperationalError:
+                refused.set()
+                raise
+
+        async with AsyncDriver(connect, pace=(0.05,)) as driver:
+            task = asyncio.create_task(driver.run(refreshing("mv", RefreshStrategy.SWAP, PATIENT)))
+            await _until(db, AT_THE_GATE)
+            while Session.RECORD in driver._connections:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(set_limit, 1)
+            refused.clear()
+            let_go_on()
+            await refused.wait()
+            await asyncio.to_thread(set_limit, -1)
+            return await task
+
+    with gate_closed(db) as let_go_on:
+        assert asyncio.run(refresh()).status == "updated"
+    assert db.rows("SELECT id FROM mv ORDER BY 1") == [(1,), (2,)]
+
+
+@BOTH
+def test_a_command_outside_of_transactions_has_settings_of_its_own(db: Database, asynchronous: bool) -> None:
+    def vacuuming() -> Work[None]:
+        shown = raw("CREATE TABLE shown AS SELECT current_setting('client_connection_check_interval') AS value")
+        yield Alone(Command(shown), raw("set_config('client_connection_check_interval', '2s', false)"))
+
+    if asynchronous:
+
+        async def run() -> None:
+            async with AsyncDriver(connecting(db)) as driver:
+                await driver.run(vacuuming())
+
+        asyncio.run(run())
+    else:
+        with Driver(db.connect) as driver:
+            driver.run(vacuuming())
+    assert db.rows("SELECT value FROM shown") == [("2s",)]
+
+
+def test_what_a_call_says_of_statements_goes_before_the_settings_of_the_definition(db: Database) -> None:
+    query = "SELECT current_setting('statement_timeout') AS value"
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql=query, session_settings={"statement_timeout": "1h"}))
+    assert db.value("SELECT value FROM mv") == "1h"
+    hook.refresh("mv", statement_timeout=7)
+    assert db.value("SELECT value FROM mv") == "7s"
+
+
+def test_a_refused_connection_says_where_to_look(db: Database) -> None:
+    role = db.role("LOGIN CONNECTION LIMIT 0")
+    with pytest.raises(psycopg.OperationalError) as refused:
+        hook_on(db, role).refresh("mv")
+    (note,) = refused.value.__notes__
+    assert "CONNECTION LIMIT" in note

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from airflow_provider_matviews.definition import MatViewDefinition
-from airflow_provider_matviews.exceptions import MatViewError, ViewLocked
+from airflow_provider_matviews.exceptions import MatViewError, OperationTimedOut, ViewLocked
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.execute_async import AsyncDriver
@@ -384,3 +384,22 @@ def test_a_pool_of_one_server_connection_is_an_error_and_leaves_nothing(declared
     assert declared.rows("SELECT * FROM mv") == [(1, 1)]
     assert declared.rows(HISTORY) == []
     assert hook_on(declared).refresh("mv", if_locked="fail").success
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
+def test_who_waits_for_the_pooler_itself_ends_in_time_too(declared: Database, asynchronous: bool) -> None:
+    """Nobody listens there to a request to cancel: its connection is cut after some seconds."""
+    with PgBouncer(declared.server, 1) as pooler, pooler.connect(declared.name) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT 1")
+        hook = pooled(declared, pooler)
+        begun = time.monotonic()
+
+        def refresh() -> object:
+            return asyncio.run(hook.arefresh("mv", timeout=0.5)) if asynchronous else hook.refresh("mv", timeout=0.5)
+
+        with pytest.raises(OperationTimedOut):
+            refresh()
+        # Far less than PgBouncer's own query_wait_timeout of 120 s.
+        assert time.monotonic() - begun < 30
+        other.execute("ROLLBACK")

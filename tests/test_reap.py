@@ -16,7 +16,7 @@ from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrat
 from airflow_provider_matviews.exceptions import MissingPrivilege
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.execute import Driver
-from airflow_provider_matviews.services.instructions import Command, Instruction, Query, Result, Session
+from airflow_provider_matviews.services.instructions import Instruction, Query, Result, Session
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.locking import lock_key
 from airflow_provider_matviews.services.reap import reap_runs
@@ -200,6 +200,10 @@ def test_a_run_beside_its_own_orphan_is_left_alone_with_it(db: Database) -> None
     assert hook_on(db).reap() == [lost]
 
 
+def _marks(instruction: Instruction) -> bool:
+    return isinstance(instruction, Query) and instruction.statement.as_string(None).startswith("UPDATE")
+
+
 class _Between(Driver):
     """Does something once, between the look for runs and the first test of a lock."""
 
@@ -209,7 +213,7 @@ class _Between(Driver):
         self.done = False
 
     def _perform(self, instruction: Instruction) -> Result:
-        if not self.done and isinstance(instruction, Command) and instruction.text == "BEGIN":
+        if not self.done and _marks(instruction):
             self.done = True
             self._deed()
         return super()._perform(instruction)
@@ -255,21 +259,16 @@ def test_a_run_that_ends_while_orphans_are_looked_for_keeps_its_end(db: Database
     assert db.rows(HISTORY) == [(1, "success", None)]
 
 
-def test_a_run_cannot_begin_between_the_proof_and_the_mark(db: Database) -> None:
+def test_nobody_stands_back_before_who_looks_for_orphans(db: Database) -> None:
     _declare(db, "mv")
     lost = _orphan(db, "mv")
-    refused: list[str | None] = []
 
-    class Meddled(Driver):
-        def _perform(self, instruction: Instruction) -> Result:
-            if isinstance(instruction, Query) and "UPDATE" in instruction.statement.as_string(None):
-                refused.append(hook_on(db).refresh("mv", if_locked="skip").status)
-            return super()._perform(instruction)
+    def refresh() -> None:
+        assert hook_on(db).refresh("mv", if_locked="fail").status == "updated"
 
-    with Meddled(db.connect) as driver:
-        assert driver.run(reap_runs(Ledger("matviews"))) == [lost]
-    assert refused == ["skipped"]
-    assert db.rows(HISTORY) == [(lost, "failed", "RunLost"), (lost + 1, "skipped", None)]
+    with _Between(db, refresh) as driver:
+        assert driver.run(reap_runs(Ledger("matviews"))) == []
+    assert db.rows(HISTORY) == [(lost, "failed", "RunLost"), (lost + 1, "success", None)]
 
 
 def test_several_that_look_at_once_find_each_orphan_once(db: Database) -> None:
@@ -285,20 +284,23 @@ def test_several_that_look_at_once_find_each_orphan_once(db: Database) -> None:
 
     with ThreadPoolExecutor(workers) as pool:
         found = [future.result() for future in [pool.submit(reap) for _ in range(workers)]]
-    # One may meet another's lock and leave the orphan to it.
     assert sorted(run_id for each in found for run_id in each) == ids
 
 
-def test_the_marks_stay_although_nothing_else_of_it_does(db: Database) -> None:
-    """Its own transactions hold nothing but locks, and are rolled back; whatever ends it, what it found is found."""
+def test_what_was_found_before_the_end_stays_found(db: Database) -> None:
     _declare(db, "mv", "reports.mv")
     ids = [_orphan(db, "mv"), _orphan(db, "reports.mv")]
+    marked = 0
 
-    def stop(text: str) -> None:
-        if text == "ROLLBACK":
-            raise KeyboardInterrupt
+    class Interrupted(Driver):
+        def _perform(self, instruction: Instruction) -> Result:
+            nonlocal marked
+            marked += _marks(instruction)
+            if marked == 2:
+                raise KeyboardInterrupt
+            return super()._perform(instruction)
 
-    with InterruptedDriver(db.connect, before=stop) as driver, pytest.raises(KeyboardInterrupt):
+    with Interrupted(db.connect) as driver, pytest.raises(KeyboardInterrupt):
         driver.run(reap_runs(Ledger("matviews")))
     assert db.rows(HISTORY) == [(ids[0], "failed", "RunLost"), (ids[1], "running", None)]
     assert hook_on(db).reap() == ids[1:]
@@ -310,9 +312,9 @@ def test_it_leaves_no_lock_and_no_transaction_behind(db: Database) -> None:
     with Driver(db.connect) as driver:
         driver.run(reap_runs(Ledger("matviews")))
         assert db.rows("SELECT locktype FROM pg_locks WHERE locktype = 'advisory'") == []
-        for session in Session:
-            status = driver._connections[session].info.transaction_status
-            assert status is psycopg.pq.TransactionStatus.IDLE
+        assert driver._connections
+        for connection in driver._connections.values():
+            assert connection.info.transaction_status is psycopg.pq.TransactionStatus.IDLE
 
 
 def test_who_is_called_lost_and_lives_says_itself_how_it_ended(db: Database) -> None:

@@ -192,7 +192,7 @@ class Driver:
                 if undoing and not self._stands(session):
                     return Result()
                 if instruction.begins:
-                    self._resting.add(session)
+                    return self._begin(session, statement)
                 return self._execute(session, statement, None)
             case Alone(command, settings):
                 self._mind(command.session, settings)
@@ -247,6 +247,18 @@ class Driver:
                 self._resting.add(session)
             else:
                 self._resting.discard(session)
+
+    def _begin(self, session: Session, statement: Any) -> Result:
+        self._resting.add(session)
+        stood = self._stands(session)
+        try:
+            return self._execute(session, statement, None)
+        except psycopg.OperationalError:
+            if not stood or self._stands(session) or self._stop.requested:
+                raise
+            # Somebody ended the connection while nothing was in it that could be lost.
+            self._resting.add(session)
+            return self._execute(session, statement, None)
 
     def _stands(self, session: Session) -> bool:
         connection = self._connections.get(session)

@@ -201,7 +201,7 @@ class AsyncDriver:
                 if undoing and not self._stands(session):
                     return Result()
                 if instruction.begins:
-                    self._resting.add(session)
+                    return await self._begin(session, statement)
                 return await self._execute(session, statement, None)
             case Alone(command, settings):
                 await self._mind(command.session, settings)
@@ -258,6 +258,18 @@ class AsyncDriver:
                 self._resting.add(session)
             else:
                 self._resting.discard(session)
+
+    async def _begin(self, session: Session, statement: Any) -> Result:
+        self._resting.add(session)
+        stood = self._stands(session)
+        try:
+            return await self._execute(session, statement, None)
+        except psycopg.OperationalError:
+            if not stood or self._stands(session) or self._stop.requested:
+                raise
+            # Somebody ended the connection while nothing was in it that could be lost.
+            self._resting.add(session)
+            return await self._execute(session, statement, None)
 
     def _stands(self, session: Session) -> bool:
         connection = self._connections.get(session)
