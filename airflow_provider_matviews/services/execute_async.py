@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import chain, repeat
 from types import TracebackType
 from typing import Any, Self, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from psycopg import sql
@@ -49,6 +50,10 @@ from airflow_provider_matviews.services.stopping import (
 )
 
 _T = TypeVar("_T")
+
+#: How many operations of one event loop look at themselves at the same time.
+_LOOKS_AT_ONCE = 4
+_looks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 class AsyncDriver:
@@ -341,7 +346,8 @@ class AsyncDriver:
                 continue
             try:
                 await self._give_back_the_record()
-                line = await _look(conninfo_of(connection), watch)
+                async with _turn_to_look():
+                    line = await _look(conninfo_of(connection), watch) if _busy(connection) else None
             except Exception as error:
                 self._log.debug("No look at the operation: %s", type(error).__name__)
             else:
@@ -354,6 +360,11 @@ class AsyncDriver:
         if connection is not None and connection.info.transaction_status is TransactionStatus.IDLE:
             del self._connections[Session.RECORD]
             await connection.close()
+
+
+def _turn_to_look() -> asyncio.Semaphore:
+    # Hundreds that began together would all look together, each on a connection of its own.
+    return _looks.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(_LOOKS_AT_ONCE))
 
 
 async def _look(conninfo: str, watch: Watch) -> str | None:
