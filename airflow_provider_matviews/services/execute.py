@@ -284,8 +284,7 @@ class Driver:
         return connection
 
     def _open(self, session: Session) -> psycopg.Connection[Any]:
-        # Only what stood before is tried for again: an operation that has got somewhere is worth a wait.
-        for pause in REOPEN_AFTER if session in self._last_used and not self._stop.told else ():
+        for pause in REOPEN_AFTER if self._is_worth_a_wait(session) else ():
             try:
                 time.sleep(pause)
                 return self._connect()
@@ -293,6 +292,11 @@ class Driver:
                 if self._stop.requested:
                     break
         return self._connect()
+
+    def _is_worth_a_wait(self, session: Session) -> bool:
+        """Whether there is work that would be lost for want of a connection to its record."""
+        at_work = self._stands(Session.WORK) and Session.WORK not in self._resting
+        return session is Session.RECORD and session in self._last_used and at_work and not self._stop.told
 
     def _alive(self, connection: psycopg.Connection[Any], session: Session) -> bool:
         """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout.

@@ -85,6 +85,7 @@ class AsyncDriver:
         # The loop holds tasks by weak references only.
         self._cancelling: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
         self._last_used: dict[Session, float] = {}
         #: Those that are in no transaction.
         self._resting: set[Session] = set()
@@ -99,6 +100,9 @@ class AsyncDriver:
 
     async def close(self) -> None:
         """Close the connections; what was not committed is undone by the server."""
+        if self._ending:
+            # A look ends with its operation, unless its server does not answer.
+            await asyncio.wait(self._ending, timeout=1.0)
         connections = list(self._connections.values())
         self._connections.clear()
         for connection in connections:
@@ -189,9 +193,7 @@ class AsyncDriver:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
-        if self._watching is not None:
-            self._watching.cancel()
-            self._watching = None
+        self._watch(Watch(None))
         for task in self._cancelling:
             task.cancel()
 
@@ -232,6 +234,7 @@ class AsyncDriver:
     def _watch(self, watch: Watch) -> None:
         if self._watching is not None:
             self._watching.cancel()
+            self._ending.add(self._watching)
         self._watching = None if watch.look is None else asyncio.create_task(self._keep_watch(watch))
 
     async def _wait(self, seconds: float) -> None:
@@ -300,8 +303,7 @@ class AsyncDriver:
         return connection
 
     async def _open(self, session: Session) -> psycopg.AsyncConnection[Any]:
-        # As in the blocking driver.
-        for pause in REOPEN_AFTER if session in self._last_used and not self._stop.told else ():
+        for pause in REOPEN_AFTER if self._is_worth_a_wait(session) else ():
             try:
                 await asyncio.sleep(pause)
                 return await self._connect_or_stop()
@@ -323,6 +325,11 @@ class AsyncDriver:
         finally:
             waking.cancel()
             connecting.cancel()
+
+    def _is_worth_a_wait(self, session: Session) -> bool:
+        """Whether there is work that would be lost for want of a connection to its record."""
+        at_work = self._stands(Session.WORK) and Session.WORK not in self._resting
+        return session is Session.RECORD and session in self._last_used and at_work and not self._stop.told
 
     async def _alive(self, connection: psycopg.AsyncConnection[Any], session: Session) -> bool:
         """As in the blocking driver."""
