@@ -118,6 +118,12 @@ def db(servers: dict[int, PostgresServer]) -> Iterator[Database]:
     yield from _database(servers, NEWEST)
 
 
+@pytest.fixture(autouse=True)
+def _without_settling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a deferred task waits for is a scheduler, and `dag.test()` has none."""
+    monkeypatch.setattr("airflow_provider_matviews.operators.matview.SETTLING", 0.0)
+
+
 def hook_on(database: Database, user: str = "postgres", **arguments: Any) -> MatViewHook:
     """Return a hook on a test's database. ``extra`` and ``password`` go into the Airflow connection."""
     connection = Connection(

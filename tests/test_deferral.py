@@ -185,6 +185,7 @@ def test_a_trigger_is_made_again_of_what_it_says_of_itself(
         "deferral": "token",
         "deadline": 1234567890.125,
         "timeout": 12.5,
+        "not_before": 1234567880.5,
     }
     parameters = set(inspect.signature(MatViewTrigger.__init__).parameters) - {"self"}
     assert set(whole) == parameters, "every argument, and none that is equal to its default in both cases"
@@ -929,3 +930,27 @@ def test_impossible_limits_are_refused_before_the_deferral(wrong: dict[str, Any]
     whose = SimpleNamespace(dag_id="d", task_id="t", run_id="r", map_index=-1, try_number=1)
     with pytest.raises(InvalidDefinition, match=next(iter(wrong))):
         operator.execute({"ti": whose})
+
+
+def test_a_trigger_fires_no_sooner_than_it_may_and_the_work_does_not_wait_for_that(built: Database) -> None:
+    async def fire() -> None:
+        trigger = _trigger(not_before=time.time() + 1)
+        firing = asyncio.ensure_future(anext(trigger.run()))
+        await asyncio.to_thread(until, built, "SELECT count(*) = 1 FROM matviews.mat_view_runs WHERE status = 2")
+        assert not firing.done()
+        assert (await firing).payload["summary"]["status"] == "updated"
+        assert time.time() >= trigger.not_before
+
+    asyncio.run(fire())
+
+
+def test_an_operator_gives_the_scheduler_time_to_note_the_deferral(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airflow_provider_matviews.operators.matview.SETTLING", 3.0)
+    before = time.time()
+    with pytest.raises(TaskDeferred) as deferred:
+        RefreshMatViewOperator(task_id="t", view="mv", deferrable=True).execute({"ti": _TaskInstance()})
+    assert deferred.value.trigger.serialize()[1]["not_before"] == pytest.approx(before + 3, abs=1)
+
+
+class _TaskInstance:
+    dag_id, task_id, run_id, map_index, try_number = "d", "t", "r", -1, 1

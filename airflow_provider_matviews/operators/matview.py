@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 #: A deferred operation for which no limit is given ends after a day: Airflow itself would leave it for ever.
 LONGEST_DEFERRAL = timedelta(days=1).total_seconds()
+#: Seconds after deferral before which its trigger does not fire. Airflow 3.3.2 fails a task that is queued again before
+#: the scheduler has noted the end of its first half ("the task instance's state attribute is queued"; measured).
+SETTLING = 3.0
 #: Of execution_timeout, what is left for the server to stop and for the record, before Airflow ends the process.
 _SHARE_LEFT, _MOST_LEFT = 0.1, 5.0
 #: Seconds after its own deadline when Airflow ends a deferred operation that has not been heard of.
@@ -211,6 +214,7 @@ class _DeferrableMatViewOperator(_MatViewOperator):
             deferral=str(uuid4()),
             deadline=time.time() + seconds,
             timeout=seconds,
+            not_before=time.time() + SETTLING,
             cancel_on_kill=self.cancel_on_kill,
         )
         self.log.info("Deferred: the triggerer carries out the %s, for %g s at the most.", operation, seconds)

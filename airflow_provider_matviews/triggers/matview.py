@@ -42,6 +42,7 @@ class MatViewTrigger(BaseTrigger):
     :param deferral: what all copies of this trigger have in common, and no other trigger.
     :param deadline: when it has to be over, in seconds since the epoch.
     :param timeout: how many seconds it was given in all, for the story.
+    :param not_before: when it may fire at the earliest, in seconds since the epoch.
     :param cancel_on_kill: whether it ends with its task when somebody marks that failed or clears it; False lets it run
         to its end.
     """
@@ -58,6 +59,7 @@ class MatViewTrigger(BaseTrigger):
         deferral: str,
         deadline: float,
         timeout: float,
+        not_before: float = 0.0,
         cancel_on_kill: bool = True,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -70,6 +72,7 @@ class MatViewTrigger(BaseTrigger):
         self.deferral = deferral
         self.deadline = deadline
         self.timeout = timeout
+        self.not_before = not_before
         self.cancel_on_kill = cancel_on_kill
 
     def serialize(self) -> tuple[str, dict[str, Any]]:
@@ -86,6 +89,7 @@ class MatViewTrigger(BaseTrigger):
                 "deferral": self.deferral,
                 "deadline": self.deadline,
                 "timeout": self.timeout,
+                "not_before": self.not_before,
                 "cancel_on_kill": self.cancel_on_kill,
             },
         )
@@ -109,10 +113,12 @@ class MatViewTrigger(BaseTrigger):
             so_far = getattr(error, "response", None)
             if isinstance(so_far, ServiceResponse):
                 log_statements(self.log, so_far, hook.redact if hook else str)
-            yield _event(error=pack_error(error, hook.redact if hook else str))
+            payload: dict[str, Any] = {"error": pack_error(error, hook.redact if hook else str)}
         else:
             log_statements(self.log, response, hook.redact)
-            yield _event(summary=summary(response, hook.redact), stood_back=stood_back(response))
+            payload = {"summary": summary(response, hook.redact), "stood_back": stood_back(response)}
+        await asyncio.sleep(max(0.0, self.not_before - time.time()))
+        yield TriggerEvent(payload)  # type: ignore[no-untyped-call]
 
     def _remaining(self) -> float:
         remaining = self.deadline - time.time()
@@ -147,7 +153,3 @@ class MatViewTrigger(BaseTrigger):
             with suppress(Exception):
                 await asyncio.shield(task)
             raise
-
-
-def _event(**payload: Any) -> TriggerEvent:
-    return TriggerEvent(payload)  # type: ignore[no-untyped-call]
