@@ -78,7 +78,11 @@ def test_of_fifty_tasks_one_refreshes_at_a_time_and_nobody_fails(live: LiveAirfl
     waiting = [task for task in live.airflow.api.task_instances("crowd", view.name) if task["state"] == "running"]
     assert {_worker_of(live, task["pid"]) for task in waiting} == set(WORKERS)
     view.open_gate()
-    wait_until(lambda: live.sessions(view.name) == [], "all have ended", 240)
+    wait_until(
+        lambda: live.sessions(view.name) == [],
+        lambda: f"all have ended: {states()}, {live.sessions(view.name)}, {[run['status'] for run in view.runs()]}",
+        240,
+    )
     wait_until(lambda: "running" not in states(), "Airflow knows", 20)
     assert states() == {"success": at_work, "skipped": standing_back}
     runs = view.runs()
