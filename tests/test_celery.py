@@ -68,9 +68,10 @@ def test_of_fifty_tasks_one_refreshes_at_a_time_and_nobody_fails(live: LiveAirfl
     def states() -> Counter[str]:
         return Counter(str(task["state"]) for task in live.airflow.api.task_instances("crowd", view.name))
 
-    # Those that wait hold a slot each, so all the others have to have had their turn before the gate opens.
+    # Those that wait hold a slot each, so all the others have to have had their turn before the gate opens. Seldom all
+    # of them pause at the same moment: counted are those that are there.
     wait_until(
-        lambda: len(view.runs()) == 1 + standing_back and len(live.waiting(view.name)) == at_work - 1,
+        lambda: len(view.runs()) == 1 + standing_back and len(live.sessions(view.name)) >= at_work,
         lambda: f"all have had their turn: {len(view.runs())} runs, {states()}, {live.sessions(view.name)}",
         120,
     )
