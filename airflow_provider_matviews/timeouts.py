@@ -39,13 +39,18 @@ class Timeouts:
                 raise InvalidDefinition(f"{name}={value!r} is not a number of seconds from 0.001 to 2,000,000.")
 
     @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Return what the limits are called, here and as arguments of every operation."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
     def of(cls, said: object) -> Timeouts:
         """Return the limits that a mapping of their names holds.
 
         :raises InvalidDefinition: when it is no mapping, or holds another key or what is no number of seconds.
         """
-        known = {field.name for field in fields(cls)}
-        if not isinstance(said, Mapping) or not set(said) <= known:
+        known = cls.names()
+        if not isinstance(said, Mapping) or not set(said) <= set(known):
             raise InvalidDefinition(
                 f"timeouts={said!r} is not a mapping of {', '.join(sorted(known))} to seconds.",
                 hint='for example timeouts={"timeout": 3600, "statement_timeout": 1800}',

@@ -201,7 +201,12 @@ class MatViewHook(PostgresHook):
                 row_count_strategy=row_count_strategy,
                 session_settings=session_settings,
                 if_locked=if_locked,
-                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
+                timeouts=Timeouts(
+                    lock_timeout=lock_timeout,
+                    max_wait=max_wait,
+                    statement_timeout=statement_timeout,
+                    timeout=timeout,
+                ),
             )
         )
 
@@ -250,7 +255,12 @@ class MatViewHook(PostgresHook):
                 vacuum=vacuum,
                 session_settings=session_settings,
                 if_locked=if_locked,
-                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
+                timeouts=Timeouts(
+                    lock_timeout=lock_timeout,
+                    max_wait=max_wait,
+                    statement_timeout=statement_timeout,
+                    timeout=timeout,
+                ),
             )
         )
 
@@ -287,7 +297,12 @@ class MatViewHook(PostgresHook):
                 cascade=cascade,
                 force=force,
                 if_locked=if_locked,
-                timeouts=_timeouts(lock_timeout, max_wait, statement_timeout, timeout),
+                timeouts=Timeouts(
+                    lock_timeout=lock_timeout,
+                    max_wait=max_wait,
+                    statement_timeout=statement_timeout,
+                    timeout=timeout,
+                ),
             )
         )
 
@@ -527,16 +542,10 @@ def _asides() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(8, thread_name_prefix="matviews")
 
 
-def _timeouts(
-    lock_timeout: float | None, max_wait: float | None, statement_timeout: float | None, timeout: float | None
-) -> Timeouts:
-    return Timeouts(lock_timeout=lock_timeout, max_wait=max_wait, statement_timeout=statement_timeout, timeout=timeout)
-
-
 def _with_timeouts(arguments: dict[str, Any]) -> dict[str, Any]:
-    names = ("lock_timeout", "max_wait", "statement_timeout", "timeout")
-    rest = {name: value for name, value in arguments.items() if name not in names}
-    return {**rest, "timeouts": Timeouts(**{name: arguments[name] for name in names if name in arguments})}
+    rest = dict(arguments)
+    limits = {name: rest.pop(name) for name in Timeouts.names() if name in rest}
+    return {**rest, "timeouts": Timeouts(**limits)}
 
 
 __all__ = ["MatViewError", "MatViewHook", "ViewDescription"]

@@ -197,9 +197,8 @@ class _DeferrableMatViewOperator(_MatViewOperator):
 
     def _defer(self, context: Context) -> NoReturn:
         operation, subject, arguments = self._deferred()
-        names = ("lock_timeout", "max_wait", "statement_timeout", "timeout")
         # Refused here and not only in the triggerer.
-        limits = Timeouts(**{name: arguments[name] for name in names})
+        limits = Timeouts(**{name: arguments[name] for name in Timeouts.names()})
         if isinstance(subject, MatViewDefinition):
             limits = limits.over(Timeouts.of(subject.timeouts))
         given = [each for each in (limits.timeout, self._longest()) if each is not None]

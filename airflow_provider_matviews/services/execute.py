@@ -24,6 +24,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
+from airflow_provider_matviews.services.connections import Connections, busy
 from airflow_provider_matviews.services.instructions import (
     Alone,
     Command,
@@ -46,7 +47,6 @@ from airflow_provider_matviews.services.stopping import (
     LONG_PAUSE,
     PACE,
     REOPEN_AFTER,
-    Stop,
     conninfo_of,
     cut,
 )
@@ -54,7 +54,7 @@ from airflow_provider_matviews.services.stopping import (
 _T = TypeVar("_T")
 
 
-class Driver:
+class Driver(Connections[psycopg.Connection[Any]]):
     """Runs services on connections that it opens when they are first needed.
 
     :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
@@ -71,18 +71,14 @@ class Driver:
         pace: Sequence[float] = PACE,
         redact: Callable[[str], str] = str,
     ) -> None:
+        super().__init__()
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
         self._pace = pace
         self._redact = redact
-        self._connections: dict[Session, psycopg.Connection[Any]] = {}
-        self._stop = Stop()
         # Not a threading.Event: its lock could be held by the very thread that a signal handler interrupts.
         self._wake: SimpleQueue[None] = SimpleQueue()
         self._watchman: _Watchman | None = None
-        self._last_used: dict[Session, float] = {}
-        #: Those that are in no transaction.
-        self._resting: set[Session] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +144,7 @@ class Driver:
     def look(self, watch: Watch) -> str | None:
         """Have a look at a statement that runs, from another connection; None where there is nothing to say."""
         connection = self._connections.get(Session.WORK)
-        if watch.look is None or connection is None or not _busy(connection):
+        if watch.look is None or connection is None or not busy(connection):
             return None
         try:
             with psycopg.connect(conninfo_of(connection), autocommit=True) as beside, beside.transaction():
@@ -174,7 +170,7 @@ class Driver:
             return False
         if for_the_last_time:
             for connection in list(self._connections.values()):
-                if _busy(connection):
+                if busy(connection):
                     cut(connection)
         else:
             self._interrupt()
@@ -238,15 +234,11 @@ class Driver:
             # Something other than the server ended the wait (a signal, a timeout): the statement still runs
             # there and would run on, and even commit, after a mere close() (measured).
             _cancel(connection)
-            if _busy(connection):
+            if busy(connection):
                 connection.close()
             raise
         finally:
-            self._last_used[session] = time.monotonic()
-            if not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE:
-                self._resting.add(session)
-            else:
-                self._resting.discard(session)
+            self._used(session, connection)
 
     def _begin(self, session: Session, statement: Any) -> Result:
         self._resting.add(session)
@@ -259,10 +251,6 @@ class Driver:
             # Somebody ended the connection while nothing was in it that could be lost.
             self._resting.add(session)
             return self._execute(session, statement, None)
-
-    def _stands(self, session: Session) -> bool:
-        connection = self._connections.get(session)
-        return connection is not None and not connection.closed
 
     def _mind(self, session: Session, settings: sql.Composable) -> None:
         connection = self._connection(session)
@@ -292,11 +280,6 @@ class Driver:
                 if self._stop.requested:
                     break
         return self._connect()
-
-    def _is_worth_a_wait(self, session: Session) -> bool:
-        """Whether there is work that would be lost for want of a connection to its record."""
-        at_work = self._stands(Session.WORK) and Session.WORK not in self._resting
-        return session is Session.RECORD and session in self._last_used and at_work and not self._stop.told
 
     def _alive(self, connection: psycopg.Connection[Any], session: Session) -> bool:
         """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout.
@@ -415,11 +398,7 @@ def _run_on(connection: psycopg.Connection[Any], work: Work[_T]) -> _T:
             result = _fetch(connection, instruction.statement, instruction.parameters)
 
 
-def _busy(connection: psycopg.Connection[Any]) -> bool:
-    return not connection.closed and connection.info.transaction_status is TransactionStatus.ACTIVE
-
-
 def _cancel(connection: psycopg.Connection[Any]) -> None:
-    if _busy(connection):
+    if busy(connection):
         with suppress(psycopg.Error):
             connection.cancel_safe(timeout=CANCEL_TIMEOUT)

@@ -21,6 +21,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.rows import dict_row
 
+from airflow_provider_matviews.services.connections import Connections, busy
 from airflow_provider_matviews.services.execute import initial
 from airflow_provider_matviews.services.instructions import (
     Alone,
@@ -44,7 +45,6 @@ from airflow_provider_matviews.services.stopping import (
     LONG_PAUSE,
     PACE,
     REOPEN_AFTER,
-    Stop,
     conninfo_of,
     cut,
 )
@@ -56,7 +56,7 @@ _LOOKS_AT_ONCE = 4
 _looks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
-class AsyncDriver:
+class AsyncDriver(Connections[psycopg.AsyncConnection[Any]]):
     """Runs services on connections that it opens when they are first needed.
 
     :param connect: opens a new connection. Called once for each :class:`Session` used, and again for
@@ -73,12 +73,11 @@ class AsyncDriver:
         pace: Sequence[float] = PACE,
         redact: Callable[[str], str] = str,
     ) -> None:
+        super().__init__()
         self._connect = connect
         self._log = log or logging.getLogger(__name__)
         self._pace = pace
         self._redact = redact
-        self._connections: dict[Session, psycopg.AsyncConnection[Any]] = {}
-        self._stop = Stop()
         self._wake = asyncio.Event()
         self._deadline: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -86,9 +85,6 @@ class AsyncDriver:
         self._cancelling: set[asyncio.Task[None]] = set()
         self._asking: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
-        self._last_used: dict[Session, float] = {}
-        #: Those that are in no transaction.
-        self._resting: set[Session] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -165,7 +161,7 @@ class AsyncDriver:
     def _ask_to_cancel(self) -> None:
         for session, connection in self._connections.items():
             # Not the record's once it has been told: that is the clean-up.
-            if not _busy(connection) or (session is Session.RECORD and self._stop.told):
+            if not busy(connection) or (session is Session.RECORD and self._stop.told):
                 continue
             task = asyncio.get_running_loop().create_task(_cancel(connection))
             self._asking.add(task)
@@ -182,7 +178,7 @@ class AsyncDriver:
                 self._ask_to_cancel()
                 continue
             for connection in self._connections.values():
-                if _busy(connection):
+                if busy(connection):
                     cut(connection)
 
     def _time_out(self, deadline: Deadline) -> None:
@@ -190,9 +186,7 @@ class AsyncDriver:
         self._interrupt()
 
     def _dismiss(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        self._dismiss_deadline()
         self._watch(Watch(None))
         for task in self._cancelling:
             task.cancel()
@@ -230,6 +224,7 @@ class AsyncDriver:
     def _dismiss_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
+            self._deadline = None
 
     def _watch(self, watch: Watch) -> None:
         if self._watching is not None:
@@ -261,11 +256,7 @@ class AsyncDriver:
                 raise
             raise stopped from error
         finally:
-            self._last_used[session] = time.monotonic()
-            if not connection.closed and connection.info.transaction_status is TransactionStatus.IDLE:
-                self._resting.add(session)
-            else:
-                self._resting.discard(session)
+            self._used(session, connection)
 
     async def _begin(self, session: Session, statement: Any) -> Result:
         self._resting.add(session)
@@ -278,10 +269,6 @@ class AsyncDriver:
             # Somebody ended the connection while nothing was in it that could be lost.
             self._resting.add(session)
             return await self._execute(session, statement, None)
-
-    def _stands(self, session: Session) -> bool:
-        connection = self._connections.get(session)
-        return connection is not None and not connection.closed
 
     async def _mind(self, session: Session, settings: sql.Composable) -> None:
         connection = await self._connection(session)
@@ -326,11 +313,6 @@ class AsyncDriver:
             waking.cancel()
             connecting.cancel()
 
-    def _is_worth_a_wait(self, session: Session) -> bool:
-        """Whether there is work that would be lost for want of a connection to its record."""
-        at_work = self._stands(Session.WORK) and Session.WORK not in self._resting
-        return session is Session.RECORD and session in self._last_used and at_work and not self._stop.told
-
     async def _alive(self, connection: psycopg.AsyncConnection[Any], session: Session) -> bool:
         """As in the blocking driver."""
         if connection.closed:
@@ -349,12 +331,12 @@ class AsyncDriver:
         for pause in chain(self._pace, repeat(self._pace[-1])):
             await asyncio.sleep(pause)
             connection = self._connections.get(Session.WORK)
-            if connection is None or not _busy(connection):
+            if connection is None or not busy(connection):
                 continue
             try:
                 await self._give_back_the_record()
                 async with _turn_to_look():
-                    line = await _look(conninfo_of(connection), watch) if _busy(connection) else None
+                    line = await _look(conninfo_of(connection), watch) if busy(connection) else None
             except Exception as error:
                 self._log.debug("No look at the operation: %s", type(error).__name__)
             else:
@@ -400,10 +382,6 @@ async def _run_on(connection: psycopg.AsyncConnection[Any], work: Work[_T]) -> _
             return value
         if isinstance(instruction, Query):
             result = await _fetch(connection, instruction.statement, instruction.parameters)
-
-
-def _busy(connection: psycopg.AsyncConnection[Any]) -> bool:
-    return not connection.closed and connection.info.transaction_status is TransactionStatus.ACTIVE
 
 
 async def _cancel(connection: psycopg.AsyncConnection[Any]) -> None:

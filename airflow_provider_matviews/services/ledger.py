@@ -356,15 +356,15 @@ class Ledger:
         )
         return row is not None
 
-    def deferred(self, deferral: str, *statuses: RunStatus) -> Work[tuple[int, int, dict[str, Any]] | None]:
-        """Return id, duration (milliseconds) and meta of the latest run with this deferral and status."""
+    def ended_well(self, deferral: str) -> Work[tuple[int, int, dict[str, Any]] | None]:
+        """Return id, duration (milliseconds) and meta of the latest run with this deferral that ended well."""
         row = yield from fetch_one(
             sql.SQL(
                 "SELECT id, duration_ms, meta FROM {} WHERE meta ? 'deferral' AND meta->>'deferral' = %s "
                 "AND status = ANY(%s) AND (status <> {} OR meta->'response'->>'status' IS NOT NULL) "
                 "ORDER BY id DESC LIMIT 1"
             ).format(self._table("mat_view_runs"), sql.Literal(int(RunStatus.SKIPPED))),
-            (deferral, [int(status) for status in statuses]),
+            (deferral, [int(RunStatus.SUCCESS), int(RunStatus.SKIPPED)]),
             Session.RECORD,
         )
         return None if row is None else (row["id"], row["duration_ms"], row["meta"])

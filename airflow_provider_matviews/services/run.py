@@ -203,7 +203,7 @@ def _with_timeouts_of(subject: Subject, known: DefinitionRecord | None, terms: T
 
 def _earlier_copy(deferral: str, view: ResolvedName, ledger: Ledger) -> Work[ServiceResponse | None]:
     """Return the result of another copy of this deferred operation, where one has ended well."""
-    ended = yield from ledger.deferred(deferral, RunStatus.SUCCESS, RunStatus.SKIPPED)
+    ended = yield from ledger.ended_well(deferral)
     if ended is None:
         return None
     run_id, duration, meta = ended
