@@ -6,44 +6,36 @@ what can be seen to be wrong without a server is refused here, when it is built.
 
 from __future__ import annotations
 
-import hashlib
-import math
-import re
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import Enum, StrEnum
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from airflow_provider_matviews import headers
+from airflow_provider_matviews.checks import (
+    ParameterValue,
+    as_parameters,
+    as_tuple,
+    check_flag,
+    check_one_of,
+    check_session_settings,
+    check_text,
+    choice,
+    set_on,
+)
 from airflow_provider_matviews.exceptions import InvalidDefinition
-from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, check_identifier, shorten
+from airflow_provider_matviews.names import ViewName, check_identifier
+from airflow_provider_matviews.parts import (
+    Column,
+    ExtendedStatistics,
+    Index,
+    IndexKey,
+    as_grants,
+    as_labels,
+)
 from airflow_provider_matviews.timeouts import Timeouts
-
-#: What can be granted on a materialized view (https://www.postgresql.org/docs/current/sql-grant.html).
-PRIVILEGES = frozenset({"SELECT", "INSERT", "UPDATE", "DELETE", "TRUNCATE", "REFERENCES", "TRIGGER", "MAINTAIN", "ALL"})
-
-#: Comments before the header, such as a licence, are passed over.
-_HEADER = re.compile(r"\A(?:\s|--[^\n]*(?:\n|\Z)|/\*(?!\s*matview\b).*?\*/)*/\*\s*matview\b(?P<toml>.*?)\*/", re.DOTALL)
-_ALMOST_HEADER = re.compile(r"\A(?:\s|--[^\n]*(?:\n|\Z)|/\*.*?\*/)*?/\*+[+!]?\s*matview\b", re.DOTALL | re.IGNORECASE)
-_PARAMETER = re.compile(r"[a-z_][a-z0-9_]*(\.[a-z_][a-z0-9_]*)?\Z")
-_METHOD = re.compile(r"[a-z_][a-z0-9_]*\Z")
-
-#: Settings that an operation sets itself, or that decide who it is: with what to use instead.
-_RESERVED_SETTINGS: dict[str, str | None] = {
-    "lock_timeout": "use the argument lock_timeout=... (seconds).",
-    "idle_in_transaction_session_timeout": None,
-    "client_connection_check_interval": None,
-    "role": "use another connection.",
-    "session_authorization": "use another connection.",
-    "client_encoding": None,
-    "standard_conforming_strings": None,
-    "track_counts": None,
-}
-
-ParameterValue = str | int | float | bool
-_C = TypeVar("_C", bound=Enum)
 
 
 class RefreshStrategy(StrEnum):
@@ -77,128 +69,17 @@ class IfLocked(StrEnum):
     FAIL = "fail"
 
 
-def choice(kind: type[_C], value: object, argument: str) -> _C:
-    """Return the member of ``kind`` that ``value`` names.
+class OnDrift(StrEnum):
+    """What create does where a view stands and is not what its definition says.
 
-    :raises InvalidDefinition: when there is none; the message lists what there is.
-    """
-    try:
-        return kind(value)
-    except ValueError:
-        options = ", ".join(repr(member.value) for member in kind)
-        raise InvalidDefinition(f"{argument}={value!r} does not exist. Choose one of {options}.") from None
-
-
-@dataclass(frozen=True, kw_only=True)
-class IndexKey:
-    """One key of an index: a column or an expression, with what PostgreSQL lets one say about it.
-
-    :param column: a column's exact name (not quoted).
-    :param expression: an SQL expression over the view's columns, instead of a column.
-    :param order: ``asc`` or ``desc``; None for the method's default.
-    :param nulls: ``first`` or ``last``.
-    :param operator_class: its name, perhaps with its schema.
-    :param collation: its name, perhaps with its schema.
-    :raises InvalidDefinition: when neither or both of column and expression are given.
+    ``apply``: makes it so. ``fail``: raises, and changes nothing. ``report``: says what differs, and leaves it.
+    ``ignore``: does not look.
     """
 
-    column: str | None = None
-    expression: str | None = None
-    order: str | None = None
-    nulls: str | None = None
-    operator_class: str | None = None
-    collation: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.column is None) == (self.expression is None):
-            raise InvalidDefinition("An index key is either a column or an expression: give exactly one.")
-        if self.column is not None:
-            check_identifier(self.column, "index column")
-        if self.expression is not None:
-            _check_text(self.expression, "index expression")
-        for value, argument, options in (
-            (self.order, "order", ("asc", "desc")),
-            (self.nulls, "nulls", ("first", "last")),
-        ):
-            if value is not None and value not in options:
-                raise InvalidDefinition(f"{argument}={value!r} of an index key is not one of {options}.")
-        for value in (self.operator_class, self.collation):
-            if value is not None:
-                ViewName.parse(value)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Index:
-    """An index that a view should have (https://www.postgresql.org/docs/current/sql-createindex.html).
-
-    :param columns: its keys in order: exact column names, or :class:`IndexKey` for anything more.
-    :param name: its exact name; None for one made of the view's and the keys' names.
-    :param method: the access method.
-    :param unique: whether it is unique. Only a unique index over plain columns, without ``where``,
-        lets the view be refreshed concurrently.
-    :param where: the predicate of a partial index.
-    :param include: columns it carries along.
-    :param storage_parameters: what goes into its WITH clause, such as ``{"fillfactor": 90}``.
-    :param tablespace: where it is kept; None for the default.
-    :param nulls_not_distinct: for a unique index, whether NULLs count as equal (PostgreSQL 15 or newer).
-    :raises InvalidDefinition: when it cannot be an index.
-    """
-
-    columns: Sequence[str | IndexKey]
-    name: str | None = None
-    method: str = "btree"
-    unique: bool = False
-    where: str | None = None
-    include: Sequence[str] = ()
-    storage_parameters: Mapping[str, ParameterValue] = field(default_factory=dict, hash=False)
-    tablespace: str | None = None
-    nulls_not_distinct: bool = False
-
-    def __post_init__(self) -> None:
-        _set(self, "columns", _tuple(self.columns, "columns of an index", (str, IndexKey)))
-        _set(self, "include", _tuple(self.include, "include of an index", (str,)))
-        if not self.columns:
-            raise InvalidDefinition("An index needs at least one column or expression.")
-        for column in (*self.columns, *self.include):
-            if isinstance(column, str):
-                check_identifier(column, "index column")
-        if self.name is not None:
-            check_identifier(self.name, "index name")
-        if not isinstance(self.method, str) or not _METHOD.match(self.method):
-            raise InvalidDefinition(f"method={self.method!r} is not the name of an index access method.")
-        if self.where is not None:
-            _check_text(self.where, "predicate of an index")
-        if self.tablespace is not None:
-            check_identifier(self.tablespace, "tablespace name")
-        check_flag(self.unique, "unique of an index")
-        check_flag(self.nulls_not_distinct, "nulls_not_distinct of an index")
-        _set(self, "storage_parameters", _parameters(self.storage_parameters))
-
-    @property
-    def keys(self) -> tuple[IndexKey, ...]:
-        """Its keys, plain column names included, as :class:`IndexKey`."""
-        return tuple(key if isinstance(key, IndexKey) else IndexKey(column=key) for key in self.columns)
-
-    @property
-    def plain_columns(self) -> tuple[str, ...]:
-        """The names of the columns it reads directly, keys and include."""
-        return (*(key.column for key in self.keys if key.column is not None), *self.include)
-
-    @property
-    def allows_concurrent_refresh(self) -> bool:
-        """Whether it is what REFRESH ... CONCURRENTLY asks for."""
-        return self.unique and self.where is None and all(key.column is not None for key in self.keys)
-
-    def name_on(self, view: str) -> str:
-        """Return its name on a view: its own, or one made as PostgreSQL makes them, at most 63 bytes long."""
-        if self.name is not None:
-            return self.name
-        middle = "_".join(key.column or "expr" for key in self.keys)
-        full = f"{view}_{middle}_{'key' if self.unique else 'idx'}"
-        if len(full.encode()) <= MAX_IDENTIFIER_BYTES:
-            return full
-        digest = hashlib.sha256(full.encode()).hexdigest()[:8]
-        return f"{shorten(full, MAX_IDENTIFIER_BYTES - len(digest) - 1)}_{digest}"
+    APPLY = "apply"
+    FAIL = "fail"
+    IGNORE = "ignore"
+    REPORT = "report"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,9 +94,23 @@ class MatViewDefinition:
         made and lets the view be refreshed concurrently.
     :param indexes: further indexes.
     :param comment: what COMMENT ON says of the view.
-    :param grants: role -> privileges, such as ``{"reporting": ["SELECT"]}``. The role ``public`` is everybody.
+    :param grants: role -> privileges, such as ``{"reporting": ["SELECT"]}``, each perhaps ``WITH GRANT OPTION`` or
+        ``GRANTED BY`` a role. The role ``public`` is everybody. Where the owner is named, that is all it has;
+        ``["NONE"]`` for nothing.
     :param storage_parameters: what goes into the view's WITH clause, such as ``{"fillfactor": 90}``.
-    :param tablespace: where it is kept; None for the default.
+    :param tablespace: where it is kept; None for the default, and for wherever a standing one is.
+    :param owner: whose it is; None for the role that makes it, and for whoever owns a standing one. Its query runs
+        with the rights of this role.
+    :param access_method: how it is kept; None for the default, and for however a standing one is.
+    :param columns: what columns should have beside what the query gives them.
+    :param statistics: extended statistics.
+    :param replica_identity: ``default``, ``nothing`` or ``full``; None leaves it alone.
+    :param security_labels: provider -> label.
+    :param depends_on_extensions: extensions that it is dropped with.
+    :param exclusive: whether it should have nothing that is not declared here: without it what others have added is
+        left alone.
+    :param renamed_from: the name that it had: where that one stands and this one does not, it is renamed, with its
+        rows, its history and what is built on it.
     :param depends_on: names of the views that have to be refreshed first.
     :param description: for the people who read this definition; not sent to the server.
     :param managed: False for a view that somebody else owns: it may be refreshed and tracked, is never
@@ -241,18 +136,27 @@ class MatViewDefinition:
     managed: bool = True
     session_settings: Mapping[str, ParameterValue] = field(default_factory=dict, hash=False)
     timeouts: Mapping[str, float] = field(default_factory=dict, hash=False)
+    owner: str | None = None
+    access_method: str | None = None
+    columns: Sequence[Column] = ()
+    statistics: Sequence[ExtendedStatistics] = ()
+    replica_identity: str | None = None
+    security_labels: Mapping[str, str] = field(default_factory=dict, hash=False)
+    depends_on_extensions: Sequence[str] = ()
+    exclusive: bool = False
+    renamed_from: str | None = None
 
     def __post_init__(self) -> None:
         view = ViewName.parse(self.name)
-        _check_text(self.sql, f"SQL of {view}")
-        _set(self, "refresh_strategy", choice(RefreshStrategy, self.refresh_strategy, "refresh_strategy"))
-        _set(self, "unique_index_columns", _tuple(self.unique_index_columns, "unique_index_columns", (str,)))
-        _set(self, "indexes", _tuple(self.indexes, "indexes", (Index,)))
-        _set(self, "depends_on", _tuple(self.depends_on, "depends_on", (str,)))
-        _set(self, "grants", _grants(self.grants))
-        _set(self, "storage_parameters", _parameters(self.storage_parameters))
-        _set(self, "session_settings", check_session_settings(self.session_settings))
-        _set(self, "timeouts", Timeouts.of(self.timeouts).said())
+        check_text(self.sql, f"SQL of {view}")
+        set_on(self, "refresh_strategy", choice(RefreshStrategy, self.refresh_strategy, "refresh_strategy"))
+        set_on(self, "unique_index_columns", as_tuple(self.unique_index_columns, "unique_index_columns", (str,)))
+        set_on(self, "indexes", as_tuple(self.indexes, "indexes", (Index,)))
+        set_on(self, "depends_on", as_tuple(self.depends_on, "depends_on", (str,)))
+        set_on(self, "grants", as_grants(self.grants))
+        set_on(self, "storage_parameters", as_parameters(self.storage_parameters))
+        set_on(self, "session_settings", check_session_settings(self.session_settings))
+        set_on(self, "timeouts", Timeouts.of(self.timeouts).said())
         for column in self.unique_index_columns:
             check_identifier(column, "column name in unique_index_columns")
         for other in self.depends_on:
@@ -261,8 +165,10 @@ class MatViewDefinition:
             check_identifier(self.tablespace, "tablespace name")
         for text, what in ((self.comment, "comment"), (self.description, "description")):
             if text is not None:
-                _check_text(text, f"{what} of {view}")
+                check_text(text, f"{what} of {view}")
         check_flag(self.managed, "managed")
+        check_flag(self.exclusive, "exclusive")
+        self._check_parts(view)
         names = [index.name_on(view.name) for index in self.all_indexes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InvalidDefinition(
@@ -278,6 +184,29 @@ class MatViewDefinition:
                 "which PostgreSQL needs for it.",
                 hint="declare unique_index_columns=(...), or choose refresh_strategy='auto'.",
             )
+
+    def _check_parts(self, view: ViewName) -> None:
+        set_on(self, "columns", as_tuple(self.columns, "columns", (Column,)))
+        set_on(self, "statistics", as_tuple(self.statistics, "statistics", (ExtendedStatistics,)))
+        set_on(self, "security_labels", as_labels(self.security_labels))
+        set_on(self, "depends_on_extensions", as_tuple(self.depends_on_extensions, "depends_on_extensions", (str,)))
+        check_one_of(self.replica_identity, "replica_identity", ("default", "nothing", "full"))
+        for name, what in ((self.owner, "owner"), (self.access_method, "access method")):
+            if name is not None:
+                check_identifier(name, f"name of the {what}")
+        for names, what in (
+            ([column.name for column in self.columns], "columns"),
+            ([str(ViewName.parse(each.name)) for each in self.statistics], "statistics"),
+        ):
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise InvalidDefinition(f"{what} of {view} name {', '.join(twice)} twice.")
+        for attribute in ("clustered", "replica_identity"):
+            if sum(getattr(index, attribute) for index in self.indexes) > 1:
+                raise InvalidDefinition(f"Two indexes of {view} say {attribute}=True, and only one can be that.")
+        if self.replica_identity is not None and any(index.replica_identity for index in self.indexes):
+            raise InvalidDefinition(f"{view} has a replica_identity of its own and an index that says it is that.")
+        if self.renamed_from is not None and ViewName.parse(self.renamed_from) == view:
+            raise InvalidDefinition(f"{view} is declared as renamed from itself.")
 
     @property
     def view(self) -> ViewName:
@@ -298,23 +227,43 @@ class MatViewDefinition:
         :raises InvalidDefinition: when a key is unknown or a value cannot be what it should be.
         """
         values = _known(cls, declaration, "a view's definition")
-        indexes = values.get("indexes", ())
-        if isinstance(indexes, (str, Mapping)) or not isinstance(indexes, Iterable):
-            raise InvalidDefinition("indexes is a list of tables: [[indexes]] in a file, dicts in code.")
-        values["indexes"] = tuple(_index(index) for index in indexes)
+        for name, read in (("indexes", _index), ("columns", _column), ("statistics", _extended_statistics)):
+            tables = values.get(name, ())
+            if isinstance(tables, (str, Mapping)) or not isinstance(tables, Iterable):
+                raise InvalidDefinition(f"{name} is a list of tables: [[{name}]] in a file, dicts in code.")
+            values[name] = tuple(map(read, tables))
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the definition as plain data that JSON can hold; :meth:`from_dict` reads it."""
         declaration = _plain(self)
         declaration["indexes"] = [
+            {**_plain(index), "columns": [key if isinstance(key, str) else _plain(key) for key in index.columns]}
+            for index in self.indexes
+        ]
+        declaration["columns"] = [_plain(column) for column in self.columns]
+        declaration["statistics"] = [_plain(each) for each in self.statistics]
+        return declaration
+
+    def to_sql(self) -> str:
+        """Return the text of a ``.sql`` file with a header that says all but what is left at its default.
+
+        :meth:`from_sql` reads it.
+        """
+        declaration = _without_defaults(self, self.to_dict())
+        declaration["indexes"] = [
             {
-                **_plain(index),
-                "columns": [key if isinstance(key, str) else _plain(key) for key in index.columns],
+                **_without_defaults(index, _plain(index)),
+                "columns": [
+                    key if isinstance(key, str) else _without_defaults(key, _plain(key)) for key in index.columns
+                ],
             }
             for index in self.indexes
         ]
-        return declaration
+        declaration["columns"] = [_without_defaults(each, _plain(each)) for each in self.columns]
+        declaration["statistics"] = [_without_defaults(each, _plain(each)) for each in self.statistics]
+        del declaration["sql"]
+        return headers.join({key: value for key, value in declaration.items() if value != []}, self.sql)
 
     @classmethod
     def from_sql(cls, text: str, *, name: str | None = None, **defaults: Any) -> MatViewDefinition:
@@ -327,24 +276,15 @@ class MatViewDefinition:
         :param defaults: further arguments where the header gives none.
         :raises InvalidDefinition: when the header or the definition is wrong, or there is no name.
         """
-        _check_text(text, "SQL of a view")
-        header = _HEADER.match(text)
-        if header is None and _ALMOST_HEADER.match(text):
-            raise InvalidDefinition(
-                "The SQL begins with what looks like a matview header and is none.",
-                hint="begin it with `/* matview`, go on in TOML, and end it with `*/`.",
-            )
-        try:
-            declaration = tomllib.loads(header["toml"]) if header else {}
-        except tomllib.TOMLDecodeError as error:
-            raise InvalidDefinition(f"The matview header is not TOML: {error}.") from error
+        check_text(text, "SQL of a view")
+        declaration, query = headers.split(text)
         if "sql" in declaration:
             raise InvalidDefinition("The header has a key `sql`, but the SQL is what follows it: remove it.")
         given = {"name": name, **defaults}
         declaration = {**{key: value for key, value in given.items() if value is not None}, **declaration}
         if "name" not in declaration:
             raise InvalidDefinition("The definition has no name.", hint='write name = "schema.view" in its header.')
-        declaration["sql"] = (text[header.end() :] if header else text).strip()
+        declaration["sql"] = query
         return cls.from_dict(declaration)
 
     @classmethod
@@ -363,6 +303,27 @@ class MatViewDefinition:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
         except UnicodeDecodeError as error:
             raise InvalidDefinition(f"{path} is not UTF-8 text: {error}.") from error
+
+    @classmethod
+    def from_database(
+        cls, view: str, *, conn_id: str = "postgres_default", tracking_schema: str = "matviews"
+    ) -> MatViewDefinition:
+        """Write the definition of a view that stands, with everything it has; planning it shows no drift.
+
+        :param view: its name, as one would type it in SQL.
+        :param conn_id: the Airflow connection to its database.
+        :param tracking_schema: the schema of the run tables.
+        :returns: the definition; :meth:`to_sql` writes it into a file. See :meth:`MatViewHook.adopt` for all views of
+            a schema at once.
+        :raises ViewNotFound: when it does not stand.
+        :raises WouldBeLost: when it has what no definition can say.
+        """
+        # Here alone, and late: a definition itself knows neither Airflow nor a database.
+        from airflow_provider_matviews.hooks.matview import MatViewHook
+
+        hook = MatViewHook(postgres_conn_id=conn_id, tracking_schema=tracking_schema)
+        definition: MatViewDefinition = hook.definition_of(view)
+        return definition
 
 
 def load_definitions(folder: str | Path) -> dict[str, MatViewDefinition]:
@@ -395,31 +356,6 @@ def load_definitions(folder: str | Path) -> dict[str, MatViewDefinition]:
         raise InvalidDefinition(f"Views depend on each other in a circle: {circle}.") from None
 
 
-def check_session_settings(settings: object) -> dict[str, ParameterValue]:
-    """Return settings as given.
-
-    :raises InvalidDefinition: when they are no mapping, hold what is no name of a setting, or one that the
-        operation itself relies on.
-    """
-    if not isinstance(settings, Mapping):
-        raise InvalidDefinition(f"session_settings maps names to values, not {settings!r}.")
-    for name, value in settings.items():
-        if not isinstance(name, str) or not _PARAMETER.match(name.lower()):
-            raise InvalidDefinition(f"{name!r} is not the name of a PostgreSQL setting.")
-        if name.lower() in _RESERVED_SETTINGS or name.lower().startswith("transaction_"):
-            raise InvalidDefinition(
-                f"session_settings cannot hold {name}: the operation itself relies on it.",
-                hint=_RESERVED_SETTINGS.get(name.lower()),
-            )
-        if not _is_value(value):
-            raise InvalidDefinition(f"The setting {name} is a number, text or true/false, not {value!r}.")
-    return dict(settings)
-
-
-def _set(instance: object, name: str, value: object) -> None:
-    object.__setattr__(instance, name, value)
-
-
 def _plain(instance: Any) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for each in fields(instance):
@@ -448,6 +384,15 @@ def _known(kind: type, declaration: object, what: str) -> dict[str, Any]:
     return dict(declaration)
 
 
+def _without_defaults(instance: Any, plain: dict[str, Any]) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for each in fields(instance):
+        default = each.default_factory() if each.default_factory is not MISSING else each.default
+        if default is MISSING or getattr(instance, each.name) != default:
+            kept[each.name] = plain[each.name]
+    return kept
+
+
 def _index(declaration: object) -> Index:
     if isinstance(declaration, Index):
         return declaration
@@ -461,65 +406,29 @@ def _index(declaration: object) -> Index:
     return Index(**values)
 
 
-def _check_text(text: object, what: str) -> None:
-    if not isinstance(text, str):
-        raise InvalidDefinition(f"The {what} is text, not {type(text).__name__}.")
-    if not text.strip():
-        raise InvalidDefinition(f"The {what} is empty.")
-    if "\0" in text:
-        raise InvalidDefinition(f"The {what} holds a NUL character, which PostgreSQL refuses.")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidDefinition(f"The {what} is not valid Unicode text.") from None
+def _column(declaration: object) -> Column:
+    return declaration if isinstance(declaration, Column) else Column(**_known(Column, declaration, "a column"))
 
 
-def check_flag(value: object, argument: str) -> None:
-    """Refuse what is not a bool: the word "false", from a file or a template, would count as true.
-
-    :raises InvalidDefinition: when it is anything else than True or False.
-    """
-    if not isinstance(value, bool):
-        raise InvalidDefinition(f"{argument} is true or false, not {value!r}.")
+def _extended_statistics(declaration: object) -> ExtendedStatistics:
+    if isinstance(declaration, ExtendedStatistics):
+        return declaration
+    return ExtendedStatistics(**_known(ExtendedStatistics, declaration, "extended statistics"))
 
 
-def _tuple(values: object, argument: str, kinds: tuple[type, ...]) -> tuple[Any, ...]:
-    if isinstance(values, str) or not isinstance(values, Sequence):
-        raise InvalidDefinition(f"{argument} is a list or tuple, not {values!r}.")
-    for value in values:
-        if not isinstance(value, kinds):
-            raise InvalidDefinition(f"{argument} holds {value!r}, which is not {kinds[-1].__name__}.")
-    return tuple(values)
-
-
-def _grants(grants: object) -> dict[str, tuple[str, ...]]:
-    if not isinstance(grants, Mapping):
-        raise InvalidDefinition(f"grants maps roles to lists of privileges, not {grants!r}.")
-    checked: dict[str, tuple[str, ...]] = {}
-    for role, privileges in grants.items():
-        check_identifier(role, "role name in grants")
-        checked[role] = tuple(str(privilege).upper() for privilege in _tuple(privileges, f"grants[{role!r}]", (str,)))
-        if not checked[role]:
-            raise InvalidDefinition(f"grants[{role!r}] is empty: name a privilege, or leave the role out.")
-        if unknown := sorted(set(checked[role]) - PRIVILEGES):
-            raise InvalidDefinition(
-                f"grants[{role!r}] holds {', '.join(unknown)}; there are {', '.join(sorted(PRIVILEGES))}."
-            )
-    return checked
-
-
-def _is_value(value: object) -> bool:
-    if isinstance(value, float) and not math.isfinite(value):
-        return False
-    return isinstance(value, (str, int, float)) and "\0" not in str(value)
-
-
-def _parameters(parameters: object) -> dict[str, ParameterValue]:
-    if not isinstance(parameters, Mapping):
-        raise InvalidDefinition(f"storage_parameters maps names to values, not {parameters!r}.")
-    for name, value in parameters.items():
-        if not isinstance(name, str) or not _PARAMETER.match(name):
-            raise InvalidDefinition(f"{name!r} is not the name of a storage parameter.")
-        if not _is_value(value):
-            raise InvalidDefinition(f"The storage parameter {name} is a number, text or true/false, not {value!r}.")
-    return dict(parameters)
+__all__ = [
+    "Column",
+    "ExtendedStatistics",
+    "IfLocked",
+    "Index",
+    "IndexKey",
+    "MatViewDefinition",
+    "OnDrift",
+    "ParameterValue",
+    "RefreshStrategy",
+    "RowCountStrategy",
+    "check_flag",
+    "check_session_settings",
+    "choice",
+    "load_definitions",
+]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 if TYPE_CHECKING:
+    from airflow_provider_matviews.services.plan_steps import Plan
     from airflow_provider_matviews.services.response import ServiceResponse
 
 
@@ -89,6 +90,19 @@ class WouldBeLost(MatViewError):
     def __init__(self, message: str, *, attachments: Sequence[str], hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.attachments = tuple(attachments)
+
+
+class DriftFound(MatViewError):
+    """The view is not what its definition says (``on_drift="fail"``).
+
+    :ivar plan: what would make it so; None where the error came by way of a triggerer.
+    """
+
+    plan: Plan | None = None
+
+    def __init__(self, message: str, *, plan: Plan | None = None, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.plan = plan
 
 
 class ViewLocked(MatViewError):

@@ -25,6 +25,7 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
     facts = response.response
     # It may be told in the words of the server, which may repeat a view's query.
     reason = facts.get("reason")
+    dry_run = {"dry_run": True, "sql": [redact(text) for text in facts["sql"]]} if facts.get("dry_run") else {}
     return {
         "view": facts["view"],
         "status": response.status,
@@ -34,6 +35,9 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
         "duration_ms": response.duration_ms,
         "reason": redact(reason) if reason else reason,
         "mat_view_run_id": response.run_id,
+        # What create found: None where it did not look.
+        **({"drift": facts["drift"]} if "drift" in facts else {}),
+        **dry_run,
     }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
@@ -20,13 +21,16 @@ from airflow.providers.postgres.hooks.postgres import PostgresHook
 from airflow_provider_matviews.definition import (
     IfLocked,
     MatViewDefinition,
+    OnDrift,
     ParameterValue,
     RefreshStrategy,
     RowCountStrategy,
+    check_flag,
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.adopt import Adopted, read_definition, read_definitions, write_definitions
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import IndexFacts
 from airflow_provider_matviews.services.execute import Driver
@@ -35,6 +39,7 @@ from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.operations import Operations
+from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import MINIMUM_VERSION
@@ -168,6 +173,8 @@ class MatViewHook(PostgresHook):
         *,
         force: bool = False,
         with_data: bool = True,
+        on_drift: OnDrift | str = OnDrift.APPLY,
+        exclusive: bool | None = None,
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
         session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
@@ -175,12 +182,19 @@ class MatViewHook(PostgresHook):
         max_wait: float | None = None,
         statement_timeout: float | None = None,
         timeout: float | None = None,
+        dry_run: bool = False,
     ) -> ServiceResponse:
-        """Create a view as its definition says; ``skipped`` when it stands already.
+        """Create a view as its definition says, or make one that stands what it says.
+
+        What a view that stands has and its definition does not mention is left alone. A changed query is applied by
+        building a new view beside the one that stands, and one short cut: readers and what is built on it go on.
 
         :param definition: what the view should be.
-        :param force: replace a view that stands, by building the new one beside it.
+        :param force: build a view that stands anew, even where nothing differs.
         :param with_data: False makes it without rows.
+        :param on_drift: where a view stands that is not what its definition says: ``apply`` makes it so, ``fail``
+            raises, ``report`` says what differs and leaves it, ``ignore`` does not look.
+        :param exclusive: whether it should have nothing that is not declared; None for what the definition says.
         :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
         :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
@@ -189,7 +203,11 @@ class MatViewHook(PostgresHook):
         :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
         :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
         :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
-        :returns: the response: ``created``, ``updated`` (replaced) or ``skipped``.
+        :param dry_run: only find out what would be done: the response's ``sql`` and ``locks``, which are logged;
+            nothing is changed, and no run is recorded.
+        :returns: the response: ``created``, ``updated`` (changed), or ``skipped`` (nothing to do). ``plan`` in it tells
+            what differed.
+        :raises DriftFound: with ``on_drift="fail"``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
@@ -198,6 +216,9 @@ class MatViewHook(PostgresHook):
                 definition,
                 force=force,
                 with_data=with_data,
+                on_drift=on_drift,
+                exclusive=exclusive,
+                dry_run=dry_run,
                 row_count_strategy=row_count_strategy,
                 session_settings=session_settings,
                 if_locked=if_locked,
@@ -225,6 +246,7 @@ class MatViewHook(PostgresHook):
         max_wait: float | None = None,
         statement_timeout: float | None = None,
         timeout: float | None = None,
+        dry_run: bool = False,
     ) -> ServiceResponse:
         """Refresh a view, declared or not.
 
@@ -241,6 +263,8 @@ class MatViewHook(PostgresHook):
         :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
         :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
         :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
+        :param dry_run: only find out what would be done: the response's ``sql`` and ``locks``, which are logged;
+            nothing is changed, and no run is recorded.
         :returns: the response: ``updated``, or ``skipped`` with ``if_locked="skip"``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
@@ -248,6 +272,7 @@ class MatViewHook(PostgresHook):
         return self._run(
             self._operations.refresh(
                 view_or_definition,
+                dry_run=dry_run,
                 refresh_strategy=refresh_strategy,
                 row_count_strategy=row_count_strategy,
                 max_bloat=max_bloat,
@@ -275,6 +300,7 @@ class MatViewHook(PostgresHook):
         max_wait: float | None = None,
         statement_timeout: float | None = None,
         timeout: float | None = None,
+        dry_run: bool = False,
     ) -> ServiceResponse:
         """Drop a view; ``skipped`` when it does not stand. Its definition row and its history stay.
 
@@ -287,6 +313,8 @@ class MatViewHook(PostgresHook):
         :param max_wait: seconds after which waiting for locks ends in failure; None likewise, and 600.
         :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
         :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
+        :param dry_run: only find out what would be done: the response's ``sql`` and ``locks``, which are logged;
+            nothing is changed, and no run is recorded.
         :returns: the response: ``deleted`` or ``skipped``.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
@@ -294,6 +322,7 @@ class MatViewHook(PostgresHook):
         return self._run(
             self._operations.delete(
                 view_or_definition,
+                dry_run=dry_run,
                 cascade=cascade,
                 force=force,
                 if_locked=if_locked,
@@ -305,6 +334,22 @@ class MatViewHook(PostgresHook):
                 ),
             )
         )
+
+    def plan(self, definition: MatViewDefinition, *, exclusive: bool | None = None) -> Plan:
+        """Compare a definition with the view that stands, and say what :meth:`create` would do.
+
+        The comparison is the server's own, in a transaction that is rolled back: the definition is made real for a
+        moment, empty. The query does not run, nothing is changed, and no run is recorded.
+
+        :param definition: what the view should be.
+        :param exclusive: whether it should have nothing that is not declared; None for what the definition says.
+        :returns: the steps, each with its SQL, why, and what it locks; ``empty`` where there is nothing to do.
+        :raises InvalidDefinition: when the definition cannot be a view.
+        :raises NotAMaterializedView: when something else stands under its name.
+        :raises MissingPrivilege: when the role has neither CREATE on the view's schema nor TEMP on the database.
+        :raises psycopg.Error: what PostgreSQL says of the definition.
+        """
+        return self._run(self._operations.plan(definition, exclusive=exclusive))
 
     async def acreate(self, definition: MatViewDefinition, **arguments: Any) -> ServiceResponse:
         """Do as :meth:`create` does, on asynchronous connections.
@@ -393,6 +438,57 @@ class MatViewHook(PostgresHook):
             )
 
         return self._read(read())
+
+    def definition_of(self, view: str) -> MatViewDefinition:
+        """Write the definition of a view that stands, with everything it has. Nothing is changed or recorded.
+
+        What no definition can say is logged as warnings.
+
+        :param view: its name, as one would type it in SQL.
+        :raises ViewNotFound: when no materialized view of this name stands.
+        :raises WouldBeLost: when it has something that would make its definition a wrong one.
+        """
+        name = ViewName.parse(view)
+
+        def read() -> Work[Adopted]:
+            return (yield from read_definition((yield from catalog.resolve(name))))
+
+        definition, notes = self._read(read())
+        self._warn(definition, notes)
+        return definition
+
+    def adopt(
+        self, schema: str = "public", *, folder: str | Path | None = None, overwrite: bool = False
+    ) -> dict[str, MatViewDefinition]:
+        """Write the definitions of all materialized views of a schema. Nothing is changed or recorded.
+
+        :param schema: its exact name.
+        :param folder: where to write each into a ``.sql`` file, which ``load_definitions`` reads; None for nowhere.
+        :param overwrite: whether to replace files that are there; else none is written.
+        :returns: name -> definition, each after those that it depends on.
+        :raises InvalidDefinition: when there is no such schema, or a file is in the way.
+        :raises WouldBeLost: when a view has something that would make its definition a wrong one.
+        :raises OSError: when a file cannot be written.
+        """
+        check_identifier(schema, "schema name")
+        check_flag(overwrite, "overwrite")
+        adopted = self._read(read_definitions(schema))
+        definitions = {definition.name: definition for definition, _ in adopted}
+        for definition, notes in adopted:
+            self._warn(definition, notes)
+        count = f"{len(definitions)} materialized view{'' if len(definitions) == 1 else 's'}"
+        if folder is None:
+            self.log.info("Read the definitions of %s in schema %s.", count, schema)
+        else:
+            files = write_definitions(definitions.values(), folder, overwrite=overwrite)
+            for name, file in zip(definitions, files, strict=True):
+                self.log.info("%s: %s", name, file)
+            self.log.info("Wrote the definitions of %s in schema %s into %s.", count, schema, folder)
+        return definitions
+
+    def _warn(self, definition: MatViewDefinition, notes: Sequence[str]) -> None:
+        for note in notes:
+            self.log.warning("%s: %s.", definition.name, note)
 
     def cancel(self, reason: str = "cancel() was called") -> bool:
         """Stop the operation that runs now: its statement is cancelled on the server and everything undone.

@@ -56,6 +56,7 @@ class _MatViewOperator(BaseOperator):
         max_wait: float | None = None,
         statement_timeout: float | None = None,
         timeout: float | None = None,
+        dry_run: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -68,6 +69,8 @@ class _MatViewOperator(BaseOperator):
         self.max_wait = max_wait
         self.statement_timeout = statement_timeout
         self.timeout = timeout
+        # Not `dry_run`: that is a method of BaseOperator.
+        self.is_dry_run = dry_run
         self._hook: MatViewHook | None = None
 
     def execute(self, context: Context) -> dict[str, Any]:
@@ -85,6 +88,8 @@ class _MatViewOperator(BaseOperator):
             raise
         finally:
             self._hook = None
+        if self.is_dry_run:
+            return summary(response, hook.redact)
         log_statements(self.log, response, hook.redact)
         return self._conclude(context, hook, summary(response, hook.redact), stood_back(response))
 
@@ -119,6 +124,7 @@ class _MatViewOperator(BaseOperator):
             "max_wait": self.max_wait,
             "statement_timeout": self.statement_timeout,
             "timeout": self.timeout,
+            "dry_run": self.is_dry_run,
         }
 
     def _longest(self) -> float | None:
@@ -174,7 +180,7 @@ class _DeferrableMatViewOperator(_MatViewOperator):
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-        if self.deferrable:
+        if self.deferrable and not self.is_dry_run:
             self._defer(context)
         return super().execute(context)
 
@@ -221,15 +227,21 @@ class _DeferrableMatViewOperator(_MatViewOperator):
 
 
 class CreateMatViewOperator(_DeferrableMatViewOperator):
-    """Create a materialized view as its definition says; leave it as it is when it stands.
+    """Create a materialized view as its definition says, or make one that stands what it says.
+
+    What a view that stands has and its definition does not mention is left alone. A changed query is applied by
+    building a new view beside the one that stands, and one short cut: readers and what is built on it go on.
 
     :param definition: what the view should be, a :class:`MatViewDefinition` or its ``to_dict()``.
     :param view: the view's name, with ``sql`` instead of a definition. (templated)
     :param sql: the query, or the path of a ``.sql`` file, with a header or without. (templated)
     :param unique_index_columns: with ``sql``: columns that together are unique.
     :param refresh_strategy: with ``sql``; None for ``auto``: ``swap``, ``concurrent`` or ``regular``.
-    :param force: replace a view that stands, by building the new one beside it.
+    :param force: build a view that stands anew, even where nothing differs.
     :param with_data: False makes it without rows.
+    :param on_drift: where a view stands that is not what its definition says: ``apply`` makes it so, ``fail`` raises,
+        ``report`` says what differs and leaves it, ``ignore`` does not look. (templated)
+    :param exclusive: whether it should have nothing that is not declared; None for what the definition says.
     :param row_count_strategy: ``none``, ``estimated`` or ``exact``.
     :param session_settings: PostgreSQL settings for this operation, before those of the definition.
     :param conn_id: the PostgreSQL connection. (templated)
@@ -241,12 +253,13 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
     :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
     :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
         ``execution_timeout`` is given it never takes longer than a little less than that.
+    :param dry_run: only log the statements and locks that it would take: nothing is changed, and no run is recorded.
     :param deferrable: whether the triggerer carries it out, without a worker's slot; by
         default ``[operators] default_deferrable``.
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
     """
 
-    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "sql")
+    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "sql", "on_drift")
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers: ClassVar[dict[str, str]] = {
         **_MatViewOperator.template_fields_renderers,
@@ -261,6 +274,8 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
         refresh_strategy: str | None = None,
         force: bool = False,
         with_data: bool = True,
+        on_drift: str = "apply",
+        exclusive: bool | None = None,
         row_count_strategy: str = "estimated",
         session_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
@@ -271,6 +286,8 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
         self.refresh_strategy = refresh_strategy
         self.force = force
         self.with_data = with_data
+        self.on_drift = on_drift
+        self.exclusive = exclusive
         self.row_count_strategy = row_count_strategy
         self.session_settings = session_settings
 
@@ -284,6 +301,8 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
         return {
             "force": self.force,
             "with_data": self.with_data,
+            "on_drift": self.on_drift,
+            "exclusive": self.exclusive,
             "row_count_strategy": self.row_count_strategy,
             "session_settings": self.session_settings,
             **self._terms(),
@@ -333,6 +352,7 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
     :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
     :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
         ``execution_timeout`` is given it never takes longer than a little less than that.
+    :param dry_run: only log the statements and locks that it would take: nothing is changed, and no run is recorded.
     :param deferrable: whether the triggerer carries it out, without a worker's slot; by
         default ``[operators] default_deferrable``.
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
@@ -393,6 +413,7 @@ class DeleteMatViewOperator(_MatViewOperator):
     :param statement_timeout: seconds that one statement may take; None likewise, and the server's setting.
     :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never. Where
         ``execution_timeout`` is given it never takes longer than a little less than that.
+    :param dry_run: only log the statements and locks that it would take: nothing is changed, and no run is recorded.
     """
 
     def __init__(self, *, cascade: bool = False, force: bool = False, **kwargs: Any) -> None:

@@ -186,6 +186,32 @@ def arrive(
     return server, ResolvedName(schema, view.name, display if schema == "public" else quoted, quoted)
 
 
+def former_name(name: str, view: ResolvedName) -> ResolvedName:
+    """Return the name that a view has had; without a schema, one in the view's."""
+    parsed = ViewName.parse(name)
+    former = ViewName(parsed.name, parsed.schema or view.schema)
+    display = str(ViewName(former.name)) if former.schema == "public" else str(former)
+    return ResolvedName(former.schema or view.schema, former.name, display)
+
+
+def stand(*views: ResolvedName) -> Work[list[bool]]:
+    """Return of each name whether any relation has it, and, of the last, whether that is a materialized view."""
+    rows = yield from fetch_all(
+        sql.SQL(
+            "SELECT n.nspname::text AS schema, c.relname::text AS name, c.relkind::text AS kind "
+            "FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE (n.nspname, c.relname) IN ({})"
+        ).format(
+            sql.SQL(", ").join(
+                sql.SQL("({}, {})").format(sql.Literal(view.schema), sql.Literal(view.name)) for view in views
+            )
+        )
+    )
+    kinds = {(row["schema"], row["name"]): row["kind"] for row in rows}
+    found = [(view.schema, view.name) in kinds for view in views]
+    return [*found[:-1], kinds.get((views[-1].schema, views[-1].name)) == "m"]
+
+
 def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
     """Return the materialized view of this name, or None where nothing stands.
 

@@ -8,6 +8,7 @@ from airflow_provider_matviews.exceptions import DependentsExist, MissingPrivile
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Session, Work
+from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 
 
@@ -53,7 +54,7 @@ def delete_view(
     if dependents:
         yield Note(f"With {view.display} go {len(dependents)} more: {_listed(dependents)}.", warning=True)
     report.told(dropped_with_it=dependents)
-    yield from report.run("drop", _drop(view, cascade))
+    yield from report.run("drop", _drop(view, cascade), lock=Lock.ACCESS_EXCLUSIVE)
     if cascade:
         yield from _require_nothing_unannounced(view, facts, dependents)
     return report.end("deleted")

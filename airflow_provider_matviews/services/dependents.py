@@ -59,6 +59,12 @@ def read_dependents(oid: int) -> Work[list[Dependent]]:
     return [Dependent(**{**row, "extensions": tuple(row["extensions"])}) for row in rows]
 
 
+def columns_used(oid: int) -> Work[list[tuple[str, str]]]:
+    """Return each column of a view that something built on it reads by name, with what that is."""
+    rows = yield from fetch_all(_COLUMNS_USED, {"oid": oid})
+    return [(row["name"], row["description"]) for row in rows]
+
+
 def set_deadline(deadline: float) -> Work[None]:
     """Let the next lock wait no longer than until ``deadline`` (monotonic seconds)."""
     left = max(1, round((deadline - time.monotonic()) * 1000))
@@ -135,6 +141,24 @@ _BLOCKING = sql.SQL(
        OR (p.oid IS NULL AND (f.oid IS NOT NULL OR w.rulename = '_RETURN')
            AND NOT has_schema_privilege(n.oid, 'CREATE'))
     ORDER BY 1
+    """
+)
+
+_COLUMNS_USED = sql.SQL(
+    """
+    SELECT DISTINCT a.attname::text AS name,
+           CASE WHEN w.rulename = '_RETURN'
+                THEN pg_describe_object('pg_class'::regclass, w.ev_class, 0)
+                ELSE pg_describe_object(d.classid, d.objid, 0) END AS description
+    FROM pg_catalog.pg_depend d
+    JOIN pg_catalog.pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+    LEFT JOIN pg_catalog.pg_rewrite w ON d.classid = 'pg_rewrite'::regclass AND w.oid = d.objid
+    WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = %(oid)s AND d.refobjsubid > 0
+      AND d.deptype IN ('n', 'a') AND coalesce(w.ev_class <> %(oid)s, true)
+      AND NOT (d.classid = 'pg_class'::regclass
+               AND EXISTS (SELECT FROM pg_catalog.pg_index x WHERE x.indexrelid = d.objid AND x.indrelid = %(oid)s))
+      AND d.classid <> 'pg_statistic_ext'::regclass
+    ORDER BY 1, 2
     """
 )
 

@@ -229,6 +229,50 @@ class Ledger:
         assert record is not None
         return record
 
+    def glance(self, view: ResolvedName) -> Work[DefinitionRecord | None]:
+        """Return what is recorded of a view, or None, also where there are no tables yet; make nothing."""
+        try:
+            row = yield from fetch_one(
+                sql.SQL("SELECT * FROM {} WHERE schema_name = %s AND view_name = %s").format(
+                    self._table("mat_view_definitions")
+                ),
+                (view.schema, view.name),
+                Session.RECORD,
+            )
+        except (
+            psycopg.errors.UndefinedTable,
+            psycopg.errors.InvalidSchemaName,
+            psycopg.errors.InsufficientPrivilege,
+        ):
+            return None
+        return None if row is None else _definition(row)
+
+    def rename(self, former: DefinitionRecord, view: ResolvedName, known: DefinitionRecord | None) -> Work[None]:
+        """Give a definition and its runs a view's new name, in the operation's own transaction.
+
+        :param former: the row under the name that it has had.
+        :param known: the row under its new name, left by a view that was called so before; it takes over the runs.
+        """
+        if known is None or known.id == former.id:
+            yield from fetch_all(
+                sql.SQL(
+                    "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() "
+                    "WHERE id = %s RETURNING id"
+                ).format(self._table("mat_view_definitions")),
+                (view.display, view.schema, view.name, former.id),
+            )
+            return
+        yield from fetch_all(
+            sql.SQL("UPDATE {} SET mat_view_definition_id = %s WHERE mat_view_definition_id = %s RETURNING id").format(
+                self._table("mat_view_runs")
+            ),
+            (known.id, former.id),
+        )
+        yield from fetch_all(
+            sql.SQL("DELETE FROM {} WHERE id = %s RETURNING id").format(self._table("mat_view_definitions")),
+            (former.id,),
+        )
+
     def adopt(self, view: ResolvedName, known: DefinitionRecord | None, query: str | None) -> Work[DefinitionRecord]:
         """Return the row of a view; make one, ``managed=false``, for a view that was never declared.
 

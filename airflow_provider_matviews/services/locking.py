@@ -76,6 +76,7 @@ def take_view_lock(
     patience: Patience,
     begin_again: Callable[[], Work[None]],
     deferral: str | None = None,
+    former: ResolvedName | None = None,
 ) -> Work[float | None]:
     """Take the view's advisory lock until the transaction ends; return the seconds waited, None if it was not had.
 
@@ -89,6 +90,7 @@ def take_view_lock(
     :param begin_again: begins the transaction anew, as it was.
     :param deferral: what all copies of one deferred operation have in common. They go one after the other, whatever
         ``if_locked`` says of other operations: held with the view's lock or without it, this one is had in the end.
+    :param former: the name that it has had, whose lock is taken too.
     """
     begun = time.monotonic()
     pause = _pauses(_LONGEST_WAIT)
@@ -97,7 +99,7 @@ def take_view_lock(
         waited = time.monotonic() - begun
         if deferral is not None and not (yield from _try_lock(_deferral_key(deferral))):
             whose, longest = "This very task's earlier operation", float("inf")
-        elif not (yield from _try_lock(lock_key(view))):
+        elif not (yield from _try_locks(view, former)):
             if if_locked is not IfLocked.WAIT or waited >= patience.max_wait:
                 return None
             whose, longest = "Another operation", patience.max_wait
@@ -112,6 +114,12 @@ def take_view_lock(
         yield Command(_STEP_BACK)
         yield Pause(min(pause(), longest - waited))
         yield from begin_again()
+
+
+def _try_locks(view: ResolvedName, former: ResolvedName | None) -> Work[bool]:
+    if not (yield from _try_lock(lock_key(view))):
+        return False
+    return former is None or (yield from _try_lock(lock_key(former)))
 
 
 def _try_lock(key: sql.Composable) -> Work[bool]:

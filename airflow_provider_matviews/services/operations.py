@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from airflow_provider_matviews.definition import (
     IfLocked,
     MatViewDefinition,
+    OnDrift,
     ParameterValue,
     RefreshStrategy,
     RowCountStrategy,
@@ -22,14 +23,14 @@ from airflow_provider_matviews.definition import (
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.names import ViewName
-from airflow_provider_matviews.services.create import create_view
+from airflow_provider_matviews.services.create import Creating, create_view, plan_view
 from airflow_provider_matviews.services.delete import delete_view
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.ledger import Ledger, Operation
-from airflow_provider_matviews.services.locking import politely
+from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
-from airflow_provider_matviews.services.run import Prepared, Subject, Terms, record_run
+from airflow_provider_matviews.services.run import Prepared, Subject, Terms, record_run, rehearse_run
 from airflow_provider_matviews.timeouts import Timeouts
 
 Service = Callable[[Prepared], Work[ServiceResponse]]
@@ -56,6 +57,8 @@ class Operations:
         *,
         force: bool = False,
         with_data: bool = True,
+        on_drift: OnDrift | str = OnDrift.APPLY,
+        exclusive: bool | None = None,
         row_count_strategy: RowCountStrategy | str = RowCountStrategy.ESTIMATED,
         **manners: Any,
     ) -> Work[ServiceResponse]:
@@ -66,23 +69,55 @@ class Operations:
                 hint="MatViewDefinition(name=..., sql=...) or MatViewDefinition.from_file(...)",
             )
         counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+        drift = choice(OnDrift, on_drift, "on_drift")
         check_flag(force, "force")
         check_flag(with_data, "with_data")
+        wanted = _exclusive(definition, exclusive)
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
             return create_view(
-                prepared.view,
-                definition,
-                prepared.server,
-                prepared.report,
-                politely=lambda attempt: politely(prepared.view, prepared.patience, attempt),
-                force=force,
-                with_data=with_data,
-                row_counts=counting,
+                Creating(
+                    prepared.view,
+                    prepared.origin,
+                    wanted,
+                    prepared.server,
+                    prepared.report,
+                    prepared.patience,
+                    force=force,
+                    with_data=with_data,
+                    row_counts=counting,
+                    on_drift=drift,
+                )
             )
 
-        request = {"force": force, "with_data": with_data, "row_count_strategy": counting.value}
+        request = {
+            "force": force,
+            "with_data": with_data,
+            "on_drift": drift.value,
+            "exclusive": wanted.exclusive,
+            "row_count_strategy": counting.value,
+        }
         return self._recorded(Operation.CREATE, definition, service, request, **manners)
+
+    def plan(self, definition: MatViewDefinition, *, exclusive: bool | None = None) -> Work[Plan]:
+        """Return the work of :meth:`MatViewHook.plan`."""
+        if not isinstance(definition, MatViewDefinition):
+            raise InvalidDefinition(f"plan() takes a MatViewDefinition, not {definition!r}.")
+        wanted = _exclusive(definition, exclusive)
+        plan: list[Plan] = []
+
+        def service(prepared: Prepared) -> Work[ServiceResponse]:
+            job = Creating(prepared.view, prepared.origin, wanted, prepared.server, prepared.report, prepared.patience)
+            plan.append((yield from plan_view(job)))
+            return prepared.report.end("skipped")
+
+        def work() -> Work[Plan]:
+            settings = Terms(session_settings=dict(definition.session_settings), longest=self.longest)
+            subject = Subject(definition.view, definition)
+            yield from rehearse_run(Operation.CREATE, subject, self.ledger, settings, service, quiet=True)
+            return plan[0]
+
+        return work()
 
     def refresh(
         self,
@@ -113,7 +148,8 @@ class Operations:
                 row_counts=counting,
                 unique_index_columns=prepared.record.unique_index_columns,
                 patience=prepared.patience,
-                history=lambda: self.ledger.past_refreshes(prepared.record.id),
+                # A dry run may be of a view that nothing is recorded of.
+                history=(lambda: self.ledger.past_refreshes(prepared.record.id)) if prepared.record.id else None,
                 max_bloat=max_bloat,
                 analyze=analyze,
                 vacuum=vacuum,
@@ -160,10 +196,12 @@ class Operations:
         if_locked: IfLocked | str = IfLocked.WAIT,
         timeouts: Timeouts | None = None,
         deferral: str | None = None,
+        dry_run: bool = False,
     ) -> Work[ServiceResponse]:
         locked = choice(IfLocked, if_locked, "if_locked")
         settings = check_session_settings(session_settings or {})
         timeouts = timeouts or Timeouts()
+        check_flag(dry_run, "dry_run")
         if isinstance(view_or_definition, MatViewDefinition):
             subject = Subject(view_or_definition.view, view_or_definition)
         else:
@@ -172,4 +210,13 @@ class Operations:
         if operation is not Operation.DROP:
             asked["session_settings"] = settings
         terms = Terms(locked, timeouts, asked, self.context, settings, self.longest, deferral, self.given)
+        if dry_run:
+            return rehearse_run(operation, subject, self.ledger, terms, service)
         return record_run(operation, subject, self.ledger, terms, service)
+
+
+def _exclusive(definition: MatViewDefinition, exclusive: bool | None) -> MatViewDefinition:
+    if exclusive is None:
+        return definition
+    check_flag(exclusive, "exclusive")
+    return replace(definition, exclusive=exclusive)

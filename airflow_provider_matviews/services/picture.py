@@ -52,16 +52,111 @@ class ColumnPicture:
 
 
 @dataclass(frozen=True)
+class KeyPicture:
+    """One key of an index.
+
+    :ivar column: None for an expression.
+    :ivar expression: None for a column.
+    :ivar usual_operator_class: whether it is the one that is taken where none is named.
+    :ivar usual_collation: likewise.
+    """
+
+    column: str | None
+    expression: str | None
+    operator_class: str
+    usual_operator_class: bool
+    operator_class_options: tuple[str, ...]
+    collation: str | None
+    usual_collation: bool
+    descending: bool
+    nulls_first: bool
+
+    @property
+    def text(self) -> str:
+        """What stands for it in a definition."""
+        text = f"({self.expression})" if self.column is None else _quoted(self.column)
+        if self.collation is not None:
+            text += f" COLLATE {self.collation}"
+        text += f" {self.operator_class}"
+        if options := _settings(self.operator_class_options):
+            text += f" ({options})"
+        # Only methods that can order have either; what is said is said in full.
+        if self.descending:
+            text += " DESC" if self.nulls_first else " DESC NULLS LAST"
+        elif self.nulls_first:
+            text += " NULLS FIRST"
+        return text
+
+
+@dataclass(frozen=True)
+class IndexShape:
+    """What makes an index the index it is; all else about it can be altered."""
+
+    method: str
+    unique: bool
+    nulls_not_distinct: bool
+    keys: tuple[KeyPicture, ...]
+    include: tuple[str, ...]
+    predicate: str | None
+
+    def body(self, options: Iterable[str]) -> str:
+        """Return the definition from the method on, for an index with these options."""
+        text = f"{_quoted(self.method)} ({', '.join(key.text for key in self.keys)})"
+        if self.include:
+            text += f" INCLUDE ({', '.join(map(_quoted, self.include))})"
+        if self.nulls_not_distinct:
+            text += " NULLS NOT DISTINCT"
+        if with_ := _settings(options):
+            text += f" WITH ({with_})"
+        return text if self.predicate is None else f"{text} WHERE {self.predicate}"
+
+
+@dataclass(frozen=True)
+class IndexAnatomy:
+    """What can be told of an index only while its view may be locked.
+
+    :ivar body: its definition from the method on, without its name and the view's; None where not understood.
+    :ivar reads: the view's columns that it reads.
+    """
+
+    definition: str
+    body: str | None
+    shape: IndexShape
+    options: tuple[str, ...]
+    reads: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StatisticsAnatomy:
+    """What can be told of extended statistics only while their view may be locked; see :class:`IndexAnatomy`.
+
+    :ivar body: the definition without their name and the view's: ``(kinds) ON a, b``.
+    """
+
+    definition: str
+    body: str | None
+    columns: tuple[str, ...]
+    expressions: tuple[str, ...]
+    kinds: tuple[str, ...]
+    reads: tuple[str, ...]
+
+    def worded(self) -> str:
+        """Return the definition without their name and the view's, made of its parts."""
+        kinds = f"({', '.join(self.kinds)}) " if self.kinds else ""
+        subjects = [*map(_quoted, self.columns), *(f"({expression})" for expression in self.expressions)]
+        return f"{kinds}ON {', '.join(subjects)}"
+
+
+@dataclass(frozen=True)
 class IndexPicture:
     """An index.
 
-    :ivar definition: what builds it, with its name and the view's as they were.
+    :ivar anatomy: None where no lock could be waited for.
     :ivar fingerprint: the same as the catalog holds it, which can be read without a lock.
     """
 
     name: str
-    quoted: str
-    definition: str
+    anatomy: IndexAnatomy | None
     fingerprint: str
     unique: bool
     valid: bool
@@ -79,9 +174,8 @@ class StatisticsPicture:
 
     schema: str
     name: str
-    quoted: str
     owner: str
-    definition: str
+    anatomy: StatisticsAnatomy | None
     fingerprint: str
     target: int | None
     comment: str | None
@@ -110,8 +204,8 @@ class Picture:
         """Return the picture as it is taken without locks."""
         return replace(
             self,
-            indexes=tuple(replace(index, definition="") for index in self.indexes),
-            statistics=tuple(replace(each, definition="") for each in self.statistics),
+            indexes=tuple(replace(index, anatomy=None) for index in self.indexes),
+            statistics=tuple(replace(each, anatomy=None) for each in self.statistics),
         )
 
     def differences(self, other: Picture) -> list[str]:
@@ -192,6 +286,15 @@ def restore_settings(settings: Mapping[str, str]) -> Work[None]:
     )
 
 
+def _quoted(name: str) -> str:
+    return sql.Identifier(name).as_string(None)
+
+
+def _settings(options: Iterable[str]) -> str:
+    pairs = (option.partition("=") for option in options)
+    return ", ".join(f"{_quoted(name)} = {sql.Literal(value).as_string(None)}" for name, _, value in pairs)
+
+
 def _privileges(rows: Iterable[Mapping[str, Any]]) -> tuple[Privilege, ...]:
     return tuple(Privilege(**row) for row in rows)
 
@@ -212,10 +315,12 @@ def _picture(data: dict[str, Any]) -> Picture:
         )
         for column in data["columns"]
     )
+    relation = data.pop("relation")
     indexes = tuple(
         IndexPicture(
             **{
                 **index,
+                "anatomy": _index_anatomy(index["anatomy"], relation),
                 "statistics": tuple((number, target) for number, target in index["statistics"]),
                 "extensions": tuple(index["extensions"]),
             }
@@ -231,10 +336,67 @@ def _picture(data: dict[str, Any]) -> Picture:
             "labels": _labels(data["labels"]),
             "columns": columns,
             "indexes": indexes,
-            "statistics": tuple(StatisticsPicture(**each) for each in data["statistics"]),
+            "statistics": tuple(
+                StatisticsPicture(**{**each, "anatomy": _statistics_anatomy(each["anatomy"], relation)})
+                for each in data["statistics"]
+            ),
             "extensions": tuple((name, kind) for name, kind in data["extensions"]),
         }
     )
+
+
+def _index_anatomy(data: dict[str, Any] | None, relation: str) -> IndexAnatomy | None:
+    if data is None:
+        return None
+    shape = data["shape"]
+    keys = tuple(
+        KeyPicture(
+            **{
+                **key,
+                "expression": _without_parentheses(key["expression"]),
+                "operator_class_options": tuple(key["operator_class_options"]),
+            }
+        )
+        for key in shape["keys"]
+    )
+    kind = "CREATE UNIQUE INDEX" if shape["unique"] else "CREATE INDEX"
+    return IndexAnatomy(
+        definition=data["definition"],
+        body=_between(data["definition"], f"{kind} {data['quoted']} ON {relation} USING ", ""),
+        shape=IndexShape(**{**shape, "keys": keys, "include": tuple(shape["include"])}),
+        options=tuple(data["options"]),
+        reads=tuple(data["reads"]),
+    )
+
+
+def _statistics_anatomy(data: dict[str, Any] | None, relation: str) -> StatisticsAnatomy | None:
+    if data is None:
+        return None
+    return StatisticsAnatomy(
+        definition=data["definition"],
+        body=_between(data["definition"], f"CREATE STATISTICS {data['quoted']} ", f" FROM {relation}"),
+        columns=tuple(data["columns"]),
+        expressions=tuple(data["expressions"]),
+        kinds=tuple(data["kinds"]),
+        reads=tuple(data["reads"]),
+    )
+
+
+def _between(definition: str, prefix: str, suffix: str) -> str | None:
+    """Return a definition without the names in it.
+
+    The server's text begins with names that it quotes itself; what is not exactly as expected is not guessed at.
+    """
+    if not (definition.startswith(prefix) and definition.endswith(suffix)):
+        return None
+    return definition[len(prefix) : len(definition) - len(suffix)]
+
+
+def _without_parentheses(expression: str | None) -> str | None:
+    # The server puts them around whatever is no mere function call, and around nothing else.
+    if expression is not None and expression.startswith("("):
+        return expression[1:-1]
+    return expression
 
 
 def _list(expression: str) -> str:
@@ -279,10 +441,78 @@ _COLUMNS = _list(
 )
 
 
-def _indexes(definition: str) -> str:
+def _reads(catalog: str, oid: str) -> str:
+    return _list(
+        "(SELECT jsonb_agg(DISTINCT a.attname) FROM pg_depend d "
+        "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = d.refobjsubid "
+        f"WHERE d.classid = '{catalog}'::regclass AND d.objid = {oid} "
+        "AND d.refclassid = 'pg_class'::regclass AND d.refobjid = c.oid AND d.refobjsubid > 0)"
+    )
+
+
+_KEYS = """(
+    SELECT jsonb_agg(jsonb_build_object(
+        'column', a.attname,
+        'expression', CASE WHEN a.attname IS NULL THEN pg_get_indexdef(i.oid, k.n, false) END,
+        'operator_class', format('%%I.%%I', ocn.nspname, oc.opcname),
+        -- Of several that are somebody's default, the one for exactly this type is taken.
+        'usual_operator_class', oc.opcdefault AND (oc.opcintype = coalesce(a.atttypid, oc.opcintype) OR NOT EXISTS (
+            SELECT FROM pg_opclass other WHERE other.opcmethod = oc.opcmethod AND other.opcdefault
+            AND other.opcintype = a.atttypid)),
+        'operator_class_options', coalesce(to_jsonb(ia.attoptions), '[]'::jsonb),
+        'collation', CASE WHEN co.oid IS NOT NULL THEN format('%%I.%%I', con.nspname, co.collname) END,
+        'usual_collation', x.indcollation[k.n - 1] = CASE
+            WHEN a.attname IS NOT NULL THEN a.attcollation
+            WHEN x.indcollation[k.n - 1] = 0 THEN 0
+            -- What an expression has of its own cannot be asked for.
+            WHEN EXISTS (SELECT FROM pg_attribute o WHERE o.attrelid = c.oid AND o.attnum > 0
+                         AND o.attcollation NOT IN (0, 'pg_catalog."default"'::regcollation)) THEN 0
+            ELSE 'pg_catalog."default"'::regcollation END,
+        'descending', (x.indoption[k.n - 1] & 1) <> 0, 'nulls_first', (x.indoption[k.n - 1] & 2) <> 0) ORDER BY k.n)
+    FROM generate_series(1, x.indnkeyatts) AS k (n)
+    JOIN pg_opclass oc ON oc.oid = x.indclass[k.n - 1] JOIN pg_namespace ocn ON ocn.oid = oc.opcnamespace
+    JOIN pg_attribute ia ON ia.attrelid = i.oid AND ia.attnum = k.n
+    LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = x.indkey[k.n - 1] AND a.attnum <> 0
+    LEFT JOIN pg_collation co ON co.oid = x.indcollation[k.n - 1] AND co.oid <> 0
+    LEFT JOIN pg_namespace con ON con.oid = co.collnamespace)"""
+
+_INDEX_ANATOMY = f"""jsonb_build_object(
+        'quoted', quote_ident(i.relname), 'definition', pg_get_indexdef(i.oid),
+        'options', {_list("to_jsonb(i.reloptions)")}, 'reads', {_reads("pg_class", "i.oid")},
+        'shape', jsonb_build_object(
+            'method', (SELECT am.amname FROM pg_am am WHERE am.oid = i.relam), 'unique', x.indisunique,
+            'nulls_not_distinct', coalesce((to_jsonb(x)->>'indnullsnotdistinct')::boolean, false),
+            'keys', {_KEYS},
+            'include', {
+    _list(
+        "(SELECT jsonb_agg(a.attname ORDER BY k.n) FROM generate_series(x.indnkeyatts + 1, x.indnatts) AS k (n) "
+        "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = x.indkey[k.n - 1])"
+    )
+},
+            'predicate', pg_get_expr(x.indpred, x.indrelid)))"""
+
+_KINDS = _list(
+    "(SELECT jsonb_agg(k.word ORDER BY k.word) FROM (VALUES ('d', 'ndistinct'), ('f', 'dependencies'), ('m', 'mcv')) "
+    "AS k (code, word) WHERE k.code = ANY (s.stxkind::text[]))"
+)
+
+_STATISTICS_ANATOMY = f"""jsonb_build_object(
+        'quoted', quote_ident(n.nspname) || '.' || quote_ident(s.stxname),
+        'definition', pg_get_statisticsobjdef(s.oid), 'reads', {_reads("pg_statistic_ext", "s.oid")},
+        'columns', {
+    _list(
+        "(SELECT jsonb_agg(a.attname ORDER BY k.n) FROM unnest(s.stxkeys::smallint[]) WITH ORDINALITY AS k (attnum, n) "
+        "JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum = k.attnum)"
+    )
+},
+        'expressions', coalesce(to_jsonb(pg_get_statisticsobjdef_expressions(s.oid)), '[]'::jsonb),
+        'kinds', {_KINDS})"""
+
+
+def _indexes(anatomy: str) -> str:
     return _list(f"""(
     SELECT jsonb_agg(jsonb_build_object(
-        'name', i.relname, 'quoted', quote_ident(i.relname), 'definition', {definition}, 'unique', x.indisunique,
+        'name', i.relname, 'anatomy', {anatomy}, 'unique', x.indisunique,
         'valid', x.indisvalid, 'tablespace', s.spcname, 'comment', obj_description(i.oid, 'pg_class'),
         'fingerprint', (to_jsonb(x) - ARRAY['indexrelid', 'indrelid', 'indcheckxmin'])::text
                        || i.relam || coalesce(i.reloptions::text, ''),
@@ -305,12 +535,10 @@ def _indexes(definition: str) -> str:
     WHERE x.indrelid = c.oid)""")
 
 
-def _statistics(definition: str) -> str:
+def _statistics(anatomy: str) -> str:
     return _list(f"""(
     SELECT jsonb_agg(jsonb_build_object(
-        'schema', n.nspname, 'name', s.stxname, 'quoted', quote_ident(n.nspname) || '.' || quote_ident(s.stxname),
-        'owner', pg_get_userbyid(s.stxowner),
-        'definition', {definition},
+        'schema', n.nspname, 'name', s.stxname, 'owner', pg_get_userbyid(s.stxowner), 'anatomy', {anatomy},
         'fingerprint', (to_jsonb(s) - ARRAY['oid', 'stxrelid', 'stxname', 'stxowner'])::text,
         'target', CASE WHEN s.stxstattarget >= 0 THEN s.stxstattarget END,
         'comment', obj_description(s.oid, 'pg_statistic_ext')) ORDER BY n.nspname, s.stxname)
@@ -327,17 +555,19 @@ _EXTENSIONS = _list(
 )
 
 
-def _query(index_definition: str, statistics_definition: str) -> sql.SQL:
+def _query(index_anatomy: str, statistics_anatomy: str) -> sql.SQL:
     return sql.SQL(
         f"""
         SELECT jsonb_build_object(
+            'relation', (SELECT quote_ident(rn.nspname) || '.' || quote_ident(c.relname)
+                         FROM pg_namespace rn WHERE rn.oid = c.relnamespace),
             'owner', pg_get_userbyid(c.relowner), 'access_method', m.amname, 'tablespace', s.spcname,
             'options', {_list("to_jsonb(c.reloptions)")},
             'toast_options', {_list("(SELECT to_jsonb(t.reloptions) FROM pg_class t WHERE t.oid = c.reltoastrelid)")},
             'comment', obj_description(c.oid, 'pg_class'), 'replica_identity', c.relreplident,
             'privileges', {_RELATION_ACL}, 'labels', {_seclabels("0")},
-            'columns', {_COLUMNS}, 'indexes', {_indexes(index_definition)},
-            'statistics', {_statistics(statistics_definition)}, 'extensions', {_EXTENSIONS}
+            'columns', {_COLUMNS}, 'indexes', {_indexes(index_anatomy)},
+            'statistics', {_statistics(statistics_anatomy)}, 'extensions', {_EXTENSIONS}
         ) AS picture
         FROM pg_class c JOIN pg_am m ON m.oid = c.relam LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
         WHERE c.oid = %(oid)s
@@ -345,5 +575,5 @@ def _query(index_definition: str, statistics_definition: str) -> sql.SQL:
     )
 
 
-_PICTURE = _query("pg_get_indexdef(i.oid)", "pg_get_statisticsobjdef(s.oid)")
-_PICTURE_WITHOUT_DEFINITIONS = _query("''", "''")
+_PICTURE = _query(_INDEX_ANATOMY, _STATISTICS_ANATOMY)
+_PICTURE_WITHOUT_DEFINITIONS = _query("NULL", "NULL")

@@ -16,8 +16,9 @@ from airflow_provider_matviews.services.dependents import reader_hazards
 from airflow_provider_matviews.services.instructions import Command, Note, Work
 from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, Patience
 from airflow_provider_matviews.services.maintenance import maintenance
+from airflow_provider_matviews.services.replacement import obstacles
 from airflow_provider_matviews.services.response import Report, ServiceResponse
-from airflow_provider_matviews.services.strategies import STRATEGIES, auto, swap
+from airflow_provider_matviews.services.strategies import STRATEGIES, auto
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
 
@@ -84,8 +85,8 @@ def refresh_view(
 
 
 def _swap_obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
-    obstacles = yield from swap.obstacles(facts, server)
-    return obstacles + (yield from reader_hazards(facts.oid))
+    found = yield from obstacles(facts, server)
+    return found + (yield from reader_hazards(facts.oid))
 
 
 def _by_choice(situation: auto.Situation, job: Refreshing) -> Work[None]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from airflow_provider_matviews.services.instructions import Command, Work
+from airflow_provider_matviews.services.plan_steps import Lock
 
 Status = Literal["created", "updated", "deleted", "skipped"]
 
@@ -76,13 +77,15 @@ class Report:
     clock: Callable[[], float] = time.monotonic
     follow_up: list[tuple[str, Command]] = field(default_factory=list)
     current: Step | None = None
+    #: Whether nothing is to be changed.
+    dry_run: bool = False
     #: Milliseconds for which another operation on the view had to be waited for.
     waited_ms: int = 0
 
     @classmethod
-    def on(cls, view: str, request: dict[str, Any]) -> Report:
+    def on(cls, view: str, request: dict[str, Any], *, dry_run: bool = False) -> Report:
         """Begin a response about ``view``."""
-        report = cls(request={"view": view, **request}, response={})
+        report = cls(request={"view": view, **request}, response={}, dry_run=dry_run)
         report.restart()
         return report
 
@@ -99,6 +102,8 @@ class Report:
             steps=[],
             waited_ms=self.waited_ms,
         )
+        if self.dry_run:
+            self.told(dry_run=True, locks=[])
 
     def so_far(self) -> int:
         """Return a mark for :meth:`forget_since`."""
@@ -108,6 +113,8 @@ class Report:
         """Forget the statements after a mark, which were undone."""
         del self.response["sql"][mark:]
         del self.response["steps"][mark:]
+        if self.dry_run:
+            del self.response["locks"][mark:]
 
     @contextmanager
     def running(self, name: str, place: tuple[int, int] | None = None) -> Iterator[Step]:
@@ -118,12 +125,27 @@ class Report:
         finally:
             self.current = None
 
-    def run(self, step: str, command: Command, place: tuple[int, int] | None = None) -> Work[None]:
-        """Run a command and note its text and how long it took.
+    def run(
+        self,
+        step: str,
+        command: Command,
+        place: tuple[int, int] | None = None,
+        lock: Lock = Lock.NONE,
+        *,
+        harmless: bool = False,
+    ) -> Work[None]:
+        """Run a command and note its text and how long it took. A dry run only notes it.
 
         :param place: (i, n) where it is the i-th of n steps of its kind.
+        :param lock: what it locks of the view that stands.
+        :param harmless: whether a dry run can carry it out, to see whether the server would refuse it: it takes no
+            time and touches nothing but what this operation has made, which is rolled back.
         """
         self.response["sql"].append(command.text)
+        if self.dry_run:
+            self.response["locks"].append(lock.value)
+            if not harmless:
+                return
         with self.running(step, place) as current:
             try:
                 yield command

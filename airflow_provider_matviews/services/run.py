@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import psycopg
@@ -79,9 +80,13 @@ class Subject:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a service is given when its turn has come."""
+    """What a service is given when its turn has come.
+
+    :ivar origin: the name that the view has, which is another one where it is to be renamed.
+    """
 
     view: ResolvedName
+    origin: ResolvedName
     server: ServerFacts
     record: DefinitionRecord
     report: Report
@@ -151,7 +156,8 @@ def record_run(
             # Behind a pooler perhaps in another session.
             _, server = yield from _begin(operation, subject, terms)
 
-        waited = yield from take_view_lock(view, terms.if_locked, terms.patience, begin_again, terms.deferral)
+        former = _former_name(operation, subject, view)
+        waited = yield from take_view_lock(view, terms.if_locked, terms.patience, begin_again, terms.deferral, former)
         if terms.deferral is not None and (earlier := (yield from _earlier_copy(terms.deferral, view, ledger))):
             yield from _roll_back()
             return earlier
@@ -162,22 +168,120 @@ def record_run(
             report.waited_ms = round(waited * 1000)
             # Whoever went before may have declared it, or dropped it.
             known = yield from ledger.definition(view)
-        starting = _start(operation, view, known, subject, ledger, terms, _meta(report, terms))
+        origin = yield from _origin(view, former)
+        recorded = known if origin is view else (yield from ledger.definition(origin))
+        if recorded is None or (origin is not view and known is not None):
+            # A view that was called so before has left its history, which is gone on with.
+            recorded, merged = known, recorded
+        else:
+            merged = recorded if origin is not view else None
+        starting = _start(operation, view, recorded, subject, ledger, terms, _meta(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
-        prepared = Prepared(view, server, _in_force(record, subject), report, terms.patience)
+        prepared = Prepared(view, origin, server, _in_force(record, subject), report, terms.patience)
         watched = Progress(view, operation, server.pid, report, begun, lambda: ledger.past_refreshes(record.id))
         yield Watch(watched.line)
 
-        def declared() -> Work[None]:
+        def declared(status: RunStatus) -> Work[None]:
+            if origin is not view:
+                if status is not RunStatus.SUCCESS:
+                    return  # It still has its former name.
+                if merged is not None:
+                    yield from ledger.rename(merged, view, known)
             # Only now: a definition that was refused is not what the view should be.
             if subject.definition is not None:
-                yield from ledger.declare(view, subject.definition, record)
+                yield from ledger.declare(view, subject.definition, None if origin is not view else record)
 
         return (yield from _carry_out(service, declared, prepared, run_id, ledger, terms, begun))
     except BaseException as error:
         advise(error)
         yield from _roll_back()
         raise
+
+
+def _former_name(operation: Operation, subject: Subject, view: ResolvedName) -> ResolvedName | None:
+    if operation is not Operation.CREATE or subject.definition is None or subject.definition.renamed_from is None:
+        return None
+    return catalog.former_name(subject.definition.renamed_from, view)
+
+
+def _origin(view: ResolvedName, former: ResolvedName | None) -> Work[ResolvedName]:
+    """Return the name that a view has: the former one where that stands and the new one does not."""
+    if former is None:
+        return view
+    new_stands, old_stands = yield from catalog.stand(view, former)
+    if new_stands and old_stands:
+        yield Note(
+            f"renamed_from is passed over: {former.display} stands, and so does {view.display} already.", warning=True
+        )
+    return former if old_stands and not new_stands else view
+
+
+def rehearse_run(
+    operation: Operation,
+    subject: Subject,
+    ledger: Ledger,
+    terms: Terms,
+    service: Callable[[Prepared], Work[ServiceResponse]],
+    *,
+    quiet: bool = False,
+) -> Work[ServiceResponse]:
+    """Find out what a recorded operation would do, statement by statement, and do nothing.
+
+    What takes no time and touches nothing that stands is carried out and rolled back, so that what the server would
+    refuse shows. Nothing is recorded, and no lock of another operation is waited for.
+
+    :param quiet: says nothing.
+    :returns: the response that there would be, as far as it can be told; ``sql`` and ``locks`` go together.
+    :raises UnsupportedServer: when the server cannot take this operation.
+    :raises MatViewError: what the operation would be refused for.
+    :raises psycopg.Error: what PostgreSQL says.
+    """
+    begun = time.monotonic()
+    yield from _set_deadline(terms, begun)
+    try:
+        view, server = yield from _begin(operation, subject, terms)
+        known = yield from ledger.glance(view)
+        terms = yield from _with_timeouts_of(subject, known, terms, begun)
+        origin = yield from _origin(view, _former_name(operation, subject, view))
+        report = Report.on(view.display, dict(terms.request), dry_run=True)
+        record = _in_force(known or _unknown(view), subject)
+        yield from apply_settings({**record.session_settings, **terms.session_settings})
+        response = yield from service(Prepared(view, origin, server, record, report, terms.patience))
+    except BaseException as error:
+        advise(error)
+        yield from _roll_back()
+        raise
+    yield from _roll_back()
+    if not quiet:
+        yield from _tell_rehearsal(response, report)
+    return response
+
+
+def _unknown(view: ResolvedName) -> DefinitionRecord:
+    now = datetime.now(UTC)
+    return DefinitionRecord(
+        0, view.display, view.schema, view.name, None, RefreshStrategy.AUTO, (), False, {}, now, now
+    )
+
+
+_WOULD = {"created": "created", "updated": "updated", "deleted": "dropped"}
+
+
+def _tell_rehearsal(response: ServiceResponse, report: Report) -> Work[None]:
+    facts = response.response
+    facts["then"] = [command.text for _, command in report.follow_up]
+    if response.status == "skipped" or response.status is None:
+        yield Note(f"Dry run: nothing would be done ({facts.get('reason', 'nothing to do')}).")
+        return
+    count = len(facts["sql"])
+    yield Note(
+        f"Dry run: {facts['view']} would be {_WOULD[response.status]} by {count} statement{'' if count == 1 else 's'}, "
+        "in one transaction. Nothing was changed."
+    )
+    for statement, lock in zip(facts["sql"], facts["locks"], strict=True):
+        yield Note(f"  [lock: {lock}] {statement};")
+    for statement in facts["then"]:
+        yield Note(f"  [after COMMIT] {statement};")
 
 
 def _set_deadline(terms: Terms, begun: float) -> Work[None]:
@@ -323,7 +427,7 @@ def _stand_back(
 
 def _carry_out(
     service: Callable[[Prepared], Work[ServiceResponse]],
-    declared: Callable[[], Work[None]],
+    declared: Callable[[RunStatus], Work[None]],
     prepared: Prepared,
     run_id: int,
     ledger: Ledger,
@@ -347,7 +451,7 @@ def _carry_out(
         status = RunStatus.SKIPPED if response.status == "skipped" else RunStatus.SUCCESS
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
-        yield from declared()
+        yield from declared(status)
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))

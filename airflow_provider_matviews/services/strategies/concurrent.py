@@ -15,6 +15,7 @@ from airflow_provider_matviews.services import row_counts
 from airflow_provider_matviews.services.catalog import IndexFacts, ResolvedName
 from airflow_provider_matviews.services.instructions import Command, Note, Work, fetch_all
 from airflow_provider_matviews.services.maintenance import maintenance
+from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.strategies import regular
 from airflow_provider_matviews.services.strategies.base import Refreshing
 
@@ -35,12 +36,13 @@ def refresh(job: Refreshing) -> Work[None]:
         yield from regular.refresh(job)
         return
     yield from _warn_of_nulls(job, usable)
-    yield from job.report.run(
-        "refresh", Command(sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(job.view.identifier))
-    )
+    refresh = Command(sql.SQL("REFRESH MATERIALIZED VIEW CONCURRENTLY {}").format(job.view.identifier))
+    yield from job.report.run("refresh", refresh, lock=Lock.EXCLUSIVE)
     job.report.told(strategy="concurrent")
     if job.analyze:
         job.report.later("analyze", maintenance("ANALYZE", job.view))
+    if job.report.dry_run:
+        return
     outcome = yield from row_counts.outcome(job.facts, job.server)
     job.told(outcome, rebuilt=False)
     if outcome.inserted is None or outcome.deleted is None:

@@ -1,0 +1,114 @@
+"""Carries out a plan on a view that stands: in place where that is enough, else built anew beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import psycopg
+from psycopg import sql
+
+from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
+from airflow_provider_matviews.services.dependents import set_deadline
+from airflow_provider_matviews.services.instructions import Command, Note, Work, raw
+from airflow_provider_matviews.services.locking import Patience, politely
+from airflow_provider_matviews.services.plan import Draft
+from airflow_provider_matviews.services.plan_steps import Lock, PlanStep
+from airflow_provider_matviews.services.replacement import (
+    Changed,
+    Replacement,
+    locking,
+    replace_view,
+    require_unchanged,
+    time_to_lock,
+)
+from airflow_provider_matviews.services.response import Report
+from airflow_provider_matviews.services.row_counts import Outcome
+
+
+def apply_plan(
+    draft: Draft,
+    origin: ResolvedName,
+    facts: ViewFacts,
+    server: ServerFacts,
+    patience: Patience,
+    report: Report,
+    *,
+    fill: bool,
+    count: bool,
+) -> Work[Outcome | None]:
+    """Make a view that stands what a plan says, in the caller's transaction.
+
+    :param origin: the name that it has.
+    :param fill: whether a view that is built anew gets its rows.
+    :param count: whether those are counted by reading them where the server does not count.
+    :returns: what a view that was built anew is; None where it was changed in place.
+    :raises MatViewError: why the plan cannot be applied.
+    :raises Changed: when the view is no longer what the plan was made for.
+    :raises psycopg.errors.LockNotAvailable: when a lock is not had within ``max_wait``.
+    """
+    if draft.errors:
+        raise draft.errors[0]
+    assert draft.standing is not None
+    if draft.rebuilds:
+        return (
+            yield from replace_view(
+                Replacement(
+                    origin=origin,
+                    beside=draft.beside,
+                    facts=facts,
+                    standing=draft.standing,
+                    picture=draft.target.picture,
+                    query=draft.declared.query,
+                    server=server,
+                    patience=patience,
+                    report=report,
+                    fill=fill,
+                    count=count,
+                    rehearse=draft.columns_change,
+                )
+            )
+        )
+    yield from _in_place(draft, origin, facts, patience, report)
+    return None
+
+
+def _in_place(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Patience, report: Report) -> Work[None]:
+    # The server's default must not stand in for what is not declared.
+    yield Command(sql.SQL("SET LOCAL default_tablespace = ''"))
+    for step, statement in _statements(draft, cut=False):
+        # SHARE lets readers go on; who holds it up is a refresh or an autovacuum.
+        yield from politely(origin, patience, lambda step=step, statement=statement: _run(report, step, statement))  # type: ignore[misc]
+    mark = report.so_far()
+    try:
+        yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark))
+    except psycopg.errors.UndefinedObject as error:
+        yield Note(f"Something that the plan names is gone: {error.diag.message_primary}", warning=True)
+        raise Changed([str(error.diag.message_primary)]) from error
+
+
+def _cut(draft: Draft, origin: ResolvedName, facts: ViewFacts, report: Report, mark: int) -> Work[None]:
+    assert draft.standing is not None
+    report.forget_since(mark)
+    statements = list(_statements(draft, cut=True))
+    if not statements:
+        return
+    if not report.dry_run:
+        yield from set_deadline(time.monotonic() + (yield from time_to_lock()))
+    if any(step.lock is Lock.ACCESS_EXCLUSIVE for step, _ in statements):
+        # First of all, so that none is waited for with others in hand.
+        yield from report.run("lock", locking(origin, draft.standing.owner), lock=Lock.ACCESS_EXCLUSIVE)
+    for step, statement in statements:
+        yield from _run(report, step, statement)
+    if not report.dry_run:
+        yield from require_unchanged(facts.oid, draft.standing)
+
+
+def _statements(draft: Draft, *, cut: bool) -> Iterator[tuple[PlanStep, str]]:
+    for step in draft.plan.steps:
+        for statement in step.cut if cut else step.build:
+            yield step, statement
+
+
+def _run(report: Report, step: PlanStep, statement: str) -> Work[None]:
+    yield from report.run(f"{step.kind} {step.subject}", Command(raw(statement)), lock=step.lock)

@@ -1,0 +1,481 @@
+"""A definition against the catalog: what would have to be done, as steps that can be shown, and then applied."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from psycopg import sql
+
+from airflow_provider_matviews.definition import MatViewDefinition
+from airflow_provider_matviews.exceptions import (
+    DependentsExist,
+    InvalidDefinition,
+    MatViewError,
+    MissingPrivilege,
+    StrategyRefused,
+)
+from airflow_provider_matviews.names import quote
+from airflow_provider_matviews.services import alter, catalog
+from airflow_provider_matviews.services.alter import Relation
+from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
+from airflow_provider_matviews.services.dependents import blocking_dependents, columns_used
+from airflow_provider_matviews.services.instructions import Work, fetch_all
+from airflow_provider_matviews.services.picture import Picture, restore_settings, speak_plainly, take_picture
+from airflow_provider_matviews.services.plan_steps import Lock, Plan, PlanStep, StepKind
+from airflow_provider_matviews.services.probe import (
+    Declared,
+    Place,
+    lacks_schema,
+    read_declared,
+    reworded,
+    same_query,
+)
+from airflow_provider_matviews.services.rebuild import Beside, creation, naming
+from airflow_provider_matviews.services.replacement import Changed, obstacles, peek, renaming
+from airflow_provider_matviews.services.target import Target, given_to, target_of, with_columns_renamed
+
+_IN_THE_REBUILD = "none of its own: the new view is built with it"
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with all that is needed to apply it.
+
+    :ivar standing: the view as it stands; None where none does.
+    :ivar rebuilds: whether it is to be built anew beside itself.
+    :ivar columns_change: whether what is built on it meets other columns than before.
+    :ivar errors: why it cannot be applied, as errors to raise.
+    """
+
+    plan: Plan
+    declared: Declared
+    target: Target
+    standing: Picture | None
+    beside: Beside
+    rebuilds: bool = False
+    columns_change: bool = False
+    errors: tuple[MatViewError, ...] = ()
+
+
+def draft_plan(
+    view: ResolvedName,
+    definition: MatViewDefinition,
+    server: ServerFacts,
+    place: Place,
+    *,
+    facts: ViewFacts | None,
+    origin: ResolvedName,
+    force: bool = False,
+    with_data: bool = True,
+) -> Work[Draft]:
+    """Compare a definition with what stands. Executes no query of a definition, and changes nothing.
+
+    :param view: the name that it is to have.
+    :param place: where the definition can be made real for a moment.
+    :param facts: the view that stands; None where none does.
+    :param origin: the name that it has, which is another one where it is to be renamed.
+    :param force: build it anew even where nothing differs.
+    :param with_data: whether it is to have rows.
+    :raises InvalidDefinition: when the definition cannot be a view.
+    :raises Changed: when it was dropped meanwhile.
+    :raises psycopg.Error: what PostgreSQL says of the definition.
+    """
+    if facts is None:
+        declared = yield from read_declared(view, definition, place, None)
+        return _draft_creation(view, definition, declared, server, with_data)
+    settings = yield from speak_plainly()
+    standing = yield from take_picture(facts.oid)
+    stored = yield from catalog.query_of(origin)
+    yield from restore_settings(settings)
+    if standing is None or stored is None:
+        raise Changed(["it was dropped"])
+    declared = yield from read_declared(view, definition, place, standing)
+    same = yield from same_query(declared, stored, place)
+    renamed: dict[str, str] = {}
+    if not same:
+        renamed = yield from _renamed_columns(standing, stored, declared, place)
+    owner = definition.owner or standing.owner
+    base = with_columns_renamed(given_to(standing, owner), renamed)
+    target = target_of(view, definition, declared, base, server, origin.name)
+    beside = Beside.of(view)
+    steps = list(_whole_view(base, target.picture, stored, declared, changed=not (same or renamed), force=force))
+    rebuilds = bool(steps)
+    mine = list(_in_place(view, origin, standing, base, target, renamed, owner))
+    if rebuilds:
+        script = yield from _script(beside, standing, declared, target, facts, with_data, force)
+        steps = [replace(steps[0], build=script[0], cut=script[1]), *steps[1:]]
+        steps += _columns(base, target.picture) if not (same or renamed) else []
+        steps += [
+            step
+            if step.kind is StepKind.RENAME_VIEW
+            else replace(step, build=(), cut=(), lock=Lock.NONE, cost=_IN_THE_REBUILD)
+            for step in mine
+        ]
+        steps.sort(key=lambda step: step.kind is not StepKind.RENAME_VIEW)
+    else:
+        steps = mine
+    columns_change = [(c.name, c.type) for c in standing.columns] != [(c.name, c.type) for c in target.picture.columns]
+    errors: list[MatViewError] = []
+    notes: list[str] = []
+    if steps:
+        errors += yield from _errors(view, origin, standing, target, server, facts, place, rebuilds=rebuilds)
+    if rebuilds and columns_change:
+        more, notes = yield from _of_the_columns(view, standing, target.picture, facts.oid)
+        errors += more
+    exclusive = target_of(view, replace(definition, exclusive=True), declared, base, server, origin.name)
+    plan = Plan(
+        view.display,
+        stands=True,
+        steps=tuple(steps),
+        left_alone=tuple(_left_alone(view, target, exclusive)),
+        refusals=tuple(error.message for error in errors),
+        notes=tuple(notes),
+    )
+    return Draft(plan, declared, target, standing, beside, rebuilds, columns_change, tuple(errors))
+
+
+def _draft_creation(
+    view: ResolvedName, definition: MatViewDefinition, declared: Declared, server: ServerFacts, with_data: bool
+) -> Draft:
+    target = target_of(view, definition, declared, None, server)
+    picture, relation = target.picture, Relation(view.schema, view.name)
+    beside = Beside.nothing(view)
+    empty = alter.bare(picture)
+    first = PlanStep(
+        StepKind.CREATE_VIEW,
+        view.ddl,
+        "it is declared and does not stand",
+        build=(
+            creation(beside, picture, declared.query),
+            *((f"REFRESH MATERIALIZED VIEW {view.ddl}",) if with_data else ()),
+        ),
+        cost="nobody reads it yet",
+    )
+    default = given_to(replace(declared.bare, columns=empty.columns), picture.owner)
+    steps = [first, *_given(relation, server.role, picture.owner), *alter.settings(relation, empty, picture)]
+    steps += alter.indexes(relation, relation, empty, picture, {}, {})
+    steps += alter.statistics(relation, empty, picture, {})
+    steps += alter.privileges(relation, default, picture)
+    quiet = tuple(replace(step, lock=Lock.NONE, cost="nobody reads it yet") for step in steps)
+    return Draft(Plan(view.display, False, quiet), declared, target, None, beside)
+
+
+def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: Place) -> Work[dict[str, str]]:
+    """Return name -> new name of the columns, where other names are all that is new in the query."""
+    old, new = standing.columns, declared.bare.columns
+    if [column.type for column in old] != [column.type for column in new]:
+        return {}
+    names = {mine.name: theirs.name for mine, theirs in zip(old, new, strict=True) if mine.name != theirs.name}
+    # A name that goes on with another meaning: what is built on the view would have to be told by name.
+    if {column.name for column in new} & set(names) or {column.name for column in old} & set(names.values()):
+        return {}
+    for index in standing.indexes:
+        shape = index.anatomy and index.anatomy.shape
+        inside = shape and (shape.predicate is not None or any(key.column is None for key in shape.keys))
+        if inside and index.anatomy and set(index.anatomy.reads) & set(names):
+            return {}
+    for statistics in standing.statistics:
+        anatomy = statistics.anatomy
+        if anatomy and anatomy.expressions and set(anatomy.reads) & set(names):
+            return {}
+    before = yield from reworded(declared.query, place, [column.name for column in old])
+    if before == stored or before == (yield from reworded(stored, place)):
+        return names
+    return {}
+
+
+def _whole_view(
+    base: Picture, picture: Picture, stored: str, declared: Declared, *, changed: bool, force: bool
+) -> Iterator[PlanStep]:
+    """Return the steps that only a view built anew can take."""
+    if changed:
+        yield PlanStep(
+            StepKind.CHANGE_QUERY,
+            "the query",
+            "it is not the definition's",
+            lock=Lock.ACCESS_EXCLUSIVE,
+            cost=_CUT,
+            detail=tuple(_difference(stored, declared.query)),
+        )
+    for kind, name, mine, theirs in (
+        (StepKind.TABLESPACE, "tablespace", picture.tablespace, base.tablespace),
+        (StepKind.ACCESS_METHOD, "access method", picture.access_method, base.access_method),
+    ):
+        if mine != theirs:
+            why = f"it should be {mine or 'the default'}, is {theirs or 'the default'}"
+            yield PlanStep(kind, f"the {name}", why, lock=Lock.ACCESS_EXCLUSIVE, cost=_CUT)
+    same = base.tablespace == picture.tablespace and base.access_method == picture.access_method
+    if force and not changed and same:
+        yield PlanStep(StepKind.REBUILD, "the view", "asked for (force=True)", lock=Lock.ACCESS_EXCLUSIVE, cost=_CUT)
+
+
+_CUT = "readers go on while the new one is built beside it, then wait for the moment in which it takes its place"
+
+
+def _difference(stored: str, declared: str) -> Iterator[str]:
+    lines = difflib.unified_diff(stored.splitlines(), declared.splitlines(), "stands", "declared", lineterm="", n=2)
+    yield from lines
+
+
+def _columns(base: Picture, picture: Picture) -> list[PlanStep]:
+    has = {column.name: column for column in base.columns}
+    wanted = {column.name: column for column in picture.columns}
+    steps = [
+        PlanStep(StepKind.DROP_COLUMN, f"column {quote(name)}", "the query gives it no more", cost=_IN_THE_REBUILD)
+        for name in has
+        if name not in wanted
+    ]
+    steps += [
+        PlanStep(StepKind.ADD_COLUMN, f"column {quote(name)}", "the query gives it now", cost=_IN_THE_REBUILD)
+        for name in wanted
+        if name not in has
+    ]
+    return steps + [
+        PlanStep(
+            StepKind.CHANGE_COLUMN,
+            f"column {quote(name)}",
+            f"the query gives it as {_type(column.type)}, it is {_type(has[name].type)}",
+            cost=_IN_THE_REBUILD,
+        )
+        for name, column in wanted.items()
+        if name in has and has[name].type != column.type
+    ]
+
+
+def _type(text: str) -> str:
+    return text.split(" ")[0].removeprefix("pg_catalog.")
+
+
+def _in_place(
+    view: ResolvedName,
+    origin: ResolvedName,
+    standing: Picture,
+    base: Picture,
+    target: Target,
+    renamed: Mapping[str, str],
+    owner: str,
+) -> Iterator[PlanStep]:
+    """Return the steps that a view can take as it stands."""
+    relation = Relation(view.schema, view.name)
+    if moves := renaming(origin, view):
+        yield PlanStep(
+            StepKind.RENAME_VIEW,
+            origin.ddl,
+            f"it is declared as {view.ddl}, renamed from {origin.ddl}",
+            cut=tuple(command.text for command in moves),
+            lock=Lock.ACCESS_EXCLUSIVE,
+        )
+    for old, new in renamed.items():
+        rename = sql.SQL("RENAME COLUMN {} TO {}").format(sql.Identifier(old), sql.Identifier(new))
+        yield PlanStep(
+            StepKind.RENAME_COLUMN,
+            f"column {quote(old)}",
+            f"the query gives it as {quote(new)}, and is the same otherwise",
+            cut=(alter.text(relation.alter() + rename),),
+            lock=Lock.ACCESS_EXCLUSIVE,
+            cost="readers wait for the moment it takes; what is built on the view goes on, with the names it has",
+        )
+    yield from _given(relation, standing.owner, owner)
+    yield from alter.settings(relation, base, target.picture)
+    now = Relation(origin.schema, origin.name)
+    yield from alter.indexes(relation, now, base, target.picture, target.index_names, target.doomed)
+    yield from alter.statistics(relation, base, target.picture, target.doomed)
+    yield from alter.privileges(relation, base, _with_all_columns(target.picture, base))
+
+
+def _with_all_columns(picture: Picture, base: Picture) -> Picture:
+    # What was granted on a column that goes, goes with it: no statement of its own.
+    names = {column.name for column in picture.columns}
+    return replace(picture, columns=(*picture.columns, *(each for each in base.columns if each.name not in names)))
+
+
+def _given(relation: Relation, former: str, owner: str) -> Iterator[PlanStep]:
+    if former != owner:
+        statement = relation.alter() + sql.SQL("OWNER TO {}").format(sql.Identifier(owner))
+        yield PlanStep(
+            StepKind.OWNER,
+            quote(owner),
+            f"it should belong to {quote(owner)}, belongs to {quote(former)}",
+            cut=(alter.text(statement),),
+            lock=Lock.ACCESS_EXCLUSIVE,
+        )
+
+
+def _script(
+    beside: Beside,
+    standing: Picture,
+    declared: Declared,
+    target: Target,
+    facts: ViewFacts,
+    with_data: bool,
+    force: bool,
+) -> Work[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the statements of a rebuild: those before the cut, and the cut."""
+    picture, relation = target.picture, beside.relation
+    fill = with_data if force else with_data or facts.populated
+    empty = alter.bare(picture)
+    build = [creation(beside, picture, declared.query)]
+    build += [text for step in alter.settings(relation, empty, picture) for text in step.sql]
+    build += [
+        text
+        for position, each in enumerate(picture.statistics)
+        for text in alter.make_statistics(
+            relation, each, beside.statistics(position, picture), alter.statistics_body(each)
+        )
+    ]
+    build += [text for step in _given(relation, standing.owner, picture.owner) for text in step.sql]
+    default = given_to(replace(declared.bare, columns=empty.columns), picture.owner)
+    build += [text for step in alter.privileges(relation, default, picture) for text in step.sql]
+    if fill:
+        build.append(f"REFRESH MATERIALIZED VIEW {beside.new.ddl}")
+    for position, index in enumerate(picture.indexes):
+        made = beside.index(position, picture)
+        build += alter.build_index(relation, index, made, alter.body_of(index))
+        build += alter.dress_index(relation, made, None, index)
+    if fill:
+        build.append(f"ANALYZE {beside.new.ddl}")
+    dependents = yield from peek(facts.oid)
+    rename = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
+    cut = [
+        alter.text(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
+        alter.text(rename.format(beside.new.identifier, sql.Identifier(beside.view.name))),
+        *(text for each in dependents for text in (each.statement.strip().rstrip(";"), *each.extensions)),
+        f"DROP MATERIALIZED VIEW {beside.old.ddl} RESTRICT",
+        *naming(beside, picture),
+    ]
+    return tuple(build), tuple(cut)
+
+
+def _errors(
+    view: ResolvedName,
+    origin: ResolvedName,
+    standing: Picture,
+    target: Target,
+    server: ServerFacts,
+    facts: ViewFacts,
+    place: Place,
+    *,
+    rebuilds: bool,
+) -> Work[list[MatViewError]]:
+    """Return why the steps cannot be taken."""
+    if not facts.can_own:
+        role, owner = (quote(name) for name in (server.role, facts.owner))
+        return [
+            MissingPrivilege(
+                f"The role {role} may not replace or alter {origin.display}, which belongs to {owner}.",
+                hint=f"run: {catalog.membership(facts.owner, server)}",
+            )
+        ]
+    if place.temporary:
+        return [lacks_schema(view, server)]
+    if not rebuilds:
+        return []
+    errors: list[MatViewError] = []
+    if blocking := (yield from blocking_dependents(facts.oid)):
+        errors.append(
+            DependentsExist(
+                f"{view.display} cannot be replaced: what is built on it cannot be pointed at a new one: "
+                f"{', '.join(blocking)}.",
+                dependents=blocking,
+                hint="drop those first and make them again afterwards (a materialized view from its definition).",
+            )
+        )
+    carried = {index.name for index in target.picture.indexes} - set(target.index_names.values())
+    mended = {index.name for index in standing.indexes} - carried
+    found = yield from obstacles(facts, server, mended)
+    if reasons := [each for each in found if not (blocking and each.endswith(", ".join(blocking)))]:
+        errors.append(
+            StrategyRefused(
+                f"{view.display} cannot be built anew beside itself: {'; '.join(reasons)}.",
+                hint="mend what is named, or give on_drift='report' to leave the view as it is.",
+            )
+        )
+    errors += yield from _taken_names(view, standing, target.picture)
+    return errors
+
+
+def _taken_names(view: ResolvedName, standing: Picture, picture: Picture) -> Work[list[MatViewError]]:
+    # Else it would only show at the cut, when the rows have been built.
+    fresh = {index.name for index in picture.indexes} - {index.name for index in standing.indexes}
+    if not fresh:
+        return []
+    rows = yield from fetch_all(
+        sql.SQL(
+            "SELECT c.relname::text AS name FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n "
+            "ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = ANY (%s) ORDER BY 1"
+        ),
+        (view.schema, sorted(fresh)),
+    )
+    return [
+        InvalidDefinition(
+            f"The index {quote(row['name'])} of {view.display} cannot be made: something else in the schema "
+            f"{quote(view.schema)} has that name.",
+            hint="give it another name (Index(name=...)).",
+        )
+        for row in rows
+    ]
+
+
+def _of_the_columns(
+    view: ResolvedName, standing: Picture, picture: Picture, oid: int
+) -> Work[tuple[list[MatViewError], list[str]]]:
+    """Return what speaks against other columns: those that go and are used; and notes on those that change."""
+    stays = {column.name: column.type for column in picture.columns}
+    gone = [column.name for column in standing.columns if column.name not in stays]
+    other = [column.name for column in standing.columns if stays.get(column.name, column.type) != column.type]
+    users = yield from columns_used(oid)
+    errors: list[MatViewError] = []
+    used = {column: sorted(who for name, who in users if name == column) for column in gone}
+    if used := {column: who for column, who in used.items() if who}:
+        told = "; ".join(f"{quote(column)}, which {_listed(who)} use{_s(who)}" for column, who in used.items())
+        errors.append(
+            DependentsExist(
+                f"{view.display} would lose the column {told}.",
+                dependents=sorted({each for who in used.values() for each in who}),
+                hint="keep the column in the query, or change those first so that they do without it.",
+            )
+        )
+    notes = [
+        f"the column {quote(column)} changes its type, and {_listed(who)} use{_s(who)} it: whether it takes to that "
+        "is tried before anything is built"
+        for column in other
+        if (who := sorted({user for name, user in users if name == column}))
+    ]
+    return errors, notes
+
+
+def _s(who: Sequence[str]) -> str:
+    return "s" if len(who) == 1 else ""
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+def _left_alone(view: ResolvedName, target: Target, exclusive: Target) -> Iterator[str]:
+    """Return what the view has and its definition does not mention: what would go if the definition were all."""
+    relation = Relation(view.schema, view.name)
+    has, said = target.picture, exclusive.picture
+    prefixes = {
+        StepKind.REVOKE: "privilege ",
+        StepKind.STORAGE_PARAMETERS: "storage parameter ",
+        StepKind.COLUMN_SETTINGS: "settings of ",
+        StepKind.SECURITY_LABEL: "security label of ",
+        StepKind.REPLICA_IDENTITY: "replica identity of ",
+        StepKind.EXTENSION: "tie to ",
+        StepKind.ALTER_INDEX: "settings of ",
+    }
+    if has.tablespace != said.tablespace:
+        yield f"tablespace {quote(str(has.tablespace))}"
+    steps = [
+        *alter.settings(relation, has, said),
+        *alter.indexes(relation, relation, has, said, {}, {}),
+        *alter.statistics(relation, has, said, {}),
+        *alter.privileges(relation, has, said),
+    ]
+    invalid: Collection[str] = {f"index {quote(index.name)}" for index in has.indexes if not index.valid}
+    for step in steps:
+        note = " (INVALID)" if step.subject in invalid else ""
+        yield f"{prefixes.get(step.kind, '')}{step.subject}{note}"

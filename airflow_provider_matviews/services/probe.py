@@ -1,0 +1,307 @@
+"""What a definition means, in the server's own words: made real for a moment, empty, and undone.
+
+The query does not run. So formatting, aliases and the search path make no difference, and whatever the server would
+refuse it refuses here.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import psycopg
+from psycopg import sql
+
+from airflow_provider_matviews.definition import MatViewDefinition, ParameterValue
+from airflow_provider_matviews.exceptions import InvalidDefinition, MissingPrivilege
+from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, shorten
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
+from airflow_provider_matviews.services.ddl import create_index, create_statistics, tablespace_clause, with_clause
+from airflow_provider_matviews.services.instructions import Command, Work, fetch_one, raw
+from airflow_provider_matviews.services.picture import (
+    IndexPicture,
+    Picture,
+    StatisticsPicture,
+    restore_settings,
+    speak_plainly,
+    take_picture,
+)
+
+#: Rounds through the server after which its wording of a query stands still: varchar IN (...) needs two.
+_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A definition as the server reads it.
+
+    :ivar texts: its query in the server's words, every name qualified; and in its words of those words.
+    :ivar bare: an empty view of it, without the definition's indexes and statistics, with what default privileges give.
+    :ivar indexes: those of the definition, in its order.
+    :ivar statistics: likewise.
+    """
+
+    texts: tuple[str, ...]
+    bare: Picture
+    indexes: tuple[IndexPicture, ...]
+    statistics: tuple[StatisticsPicture, ...]
+
+    @property
+    def query(self) -> str:
+        """What a view is to be made of."""
+        return self.texts[0]
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        """The columns that the query gives."""
+        return tuple(column.name for column in self.bare.columns)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a probe can be made.
+
+    :ivar temporary: in the session's own schema, for a role that may not create anything in the view's.
+    """
+
+    schema: str
+    temporary: bool = False
+
+    def named(self, name: str) -> sql.Identifier:
+        """Return a qualified name."""
+        return sql.Identifier(self.schema, name)
+
+
+def find_place(view: ResolvedName) -> Work[Place | None]:
+    """Return where to make a probe, or None where the role may make none.
+
+    :raises InvalidDefinition: when the view's schema does not exist.
+    """
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT has_schema_privilege(oid, 'CREATE') AND has_schema_privilege(oid, 'USAGE') AS may, "
+            "has_database_privilege(current_database(), 'TEMP') AS may_temp "
+            "FROM pg_catalog.pg_namespace WHERE nspname = {}"
+        ).format(sql.Literal(view.schema))
+    )
+    if row is None:
+        schema = sql.Identifier(view.schema).as_string(None)
+        raise InvalidDefinition(f"The schema {schema} does not exist.", hint=f"run: CREATE SCHEMA {schema};")
+    if row["may"]:
+        return Place(view.schema)
+    return Place("pg_temp", temporary=True) if row["may_temp"] else None
+
+
+def lacks_schema(view: ResolvedName, server: ServerFacts) -> MissingPrivilege:
+    """Return the refusal of a role that may not make a view."""
+    schema, role = (sql.Identifier(name).as_string(None) for name in (view.schema, server.role))
+    return MissingPrivilege(
+        f"The role {role} may not create {view.display}: it lacks CREATE or USAGE on the schema {schema}.",
+        hint=f"run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role};",
+    )
+
+
+def read_declared(
+    view: ResolvedName, definition: MatViewDefinition, place: Place, standing: Picture | None
+) -> Work[Declared]:
+    """Have the server read a definition.
+
+    :param standing: the view that stands, if any: what its indexes have beside what is declared of them is kept.
+    :raises InvalidDefinition: when the SQL is not one query, or a column that the definition names does not exist.
+    :raises psycopg.Error: what PostgreSQL says of the query, an index, statistics or a parameter.
+    """
+    yield Command(sql.SQL("SAVEPOINT probe"))
+    # Under the session's own settings: that is how a person's names are found.
+    probe = yield from _make_view(view, definition, place)
+    settings = yield from speak_plainly()
+    text = yield from _text_of(probe)
+    columns = tuple(name for name, _ in (yield from catalog.columns_of((yield from _oid_of(probe)))))
+    _require_columns(view, definition, columns)
+    relation = place.named(_token_name(view.name))
+    yield Command(_empty_copy(relation, definition, place) + raw(text.rstrip("; \n") + "\nWITH NO DATA"))
+    oid = yield from _oid_of(relation)
+    texts = [text]
+    if not place.temporary:
+        texts.append((yield from _text_of(relation)))
+    bare = yield from take_picture(oid)
+    assert bare is not None
+    declared = Declared(tuple(texts), bare, (), ())
+    if definition.all_indexes or definition.statistics:
+        # Expressions name things as the query does.
+        yield from restore_settings(settings)
+        indexes = yield from _make_indexes(view, definition, relation, standing)
+        statistics = yield from _make_statistics(definition, relation, place)
+        yield from speak_plainly()
+        whole = yield from take_picture(oid)
+        assert whole is not None
+        declared = replace(
+            declared,
+            indexes=tuple(next(each for each in whole.indexes if each.name == name) for name in indexes),
+            statistics=tuple(next(each for each in whole.statistics if each.name == name) for name in statistics),
+        )
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
+    yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
+    return declared
+
+
+def same_query(declared: Declared, standing: str, place: Place) -> Work[bool]:
+    """Return whether a view's query, as :func:`stored_query` gives it, is the declared one.
+
+    PostgreSQL may word its own wording differently (``varchar IN (...)`` does), so both are read until the words meet.
+    """
+    if standing in declared.texts:
+        return True
+    texts = {standing}
+    text = standing
+    for _ in range(_ROUNDS):
+        text = yield from reworded(text, place)
+        if text in declared.texts:
+            return True
+        if text in texts:
+            break
+        texts.add(text)
+    return False
+
+
+def stored_query(view: ResolvedName) -> Work[str | None]:
+    """Return the query of a view that stands, every name qualified; None where none stands."""
+    yield Command(sql.SQL("SAVEPOINT plain"))
+    yield from speak_plainly()
+    text = yield from catalog.query_of(view)
+    # Undoes the settings.
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT plain"))
+    yield Command(sql.SQL("RELEASE SAVEPOINT plain"))
+    return text
+
+
+def reworded(text: str, place: Place, columns: Sequence[str] = ()) -> Work[str]:
+    """Return a query, every name of which is qualified, as the server words it.
+
+    :param columns: names for its columns, instead of its own.
+    """
+    probe = place.named(_token_name("probe"))
+    names = sql.SQL(" ({})").format(sql.SQL(", ").join(map(sql.Identifier, columns))) if columns else sql.SQL("")
+    yield Command(sql.SQL("SAVEPOINT probe"))
+    yield from speak_plainly()
+    yield Command(sql.SQL("CREATE VIEW {}{} AS\n").format(probe, names) + raw(text))
+    worded = yield from _text_of(probe)
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
+    yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
+    return worded
+
+
+def _make_view(view: ResolvedName, definition: MatViewDefinition, place: Place) -> Work[sql.Identifier]:
+    probe = place.named(_token_name("probe"))
+    try:
+        yield Command(sql.SQL("CREATE VIEW {} AS ").format(probe) + raw(definition.sql))
+    except (
+        psycopg.errors.SyntaxError,
+        psycopg.errors.FeatureNotSupported,
+        psycopg.errors.InvalidTableDefinition,
+        psycopg.errors.UndefinedParameter,
+        psycopg.errors.IndeterminateDatatype,
+    ) as error:
+        raise _not_one_query(view, error.diag.message_primary or str(error)) from error
+    row = yield from fetch_one(
+        sql.SQL("SELECT reloptions IS NOT NULL AS options FROM pg_catalog.pg_class WHERE oid = {}::regclass").format(
+            sql.Literal(probe.as_string(None))
+        )
+    )
+    if row is not None and row["options"]:
+        raise _not_one_query(view, "WITH CHECK OPTION belongs to plain views")
+    return probe
+
+
+def _text_of(relation: sql.Identifier) -> Work[str]:
+    row = yield from fetch_one(
+        sql.SQL("SELECT pg_get_viewdef({}::regclass) AS text").format(sql.Literal(relation.as_string(None)))
+    )
+    assert row is not None
+    return str(row["text"])
+
+
+def _oid_of(relation: sql.Identifier) -> Work[int]:
+    row = yield from fetch_one(
+        sql.SQL("SELECT {}::regclass::oid::bigint AS oid").format(sql.Literal(relation.as_string(None)))
+    )
+    assert row is not None
+    return int(row["oid"])
+
+
+def _empty_copy(relation: sql.Identifier, definition: MatViewDefinition, place: Place) -> sql.Composable:
+    if place.temporary:
+        return sql.SQL("CREATE TABLE {} AS\n").format(relation)
+    return sql.SQL("CREATE MATERIALIZED VIEW {}{}{}{} AS\n").format(
+        relation,
+        sql.SQL(" USING {}").format(sql.Identifier(definition.access_method))
+        if definition.access_method
+        else sql.SQL(""),
+        with_clause(definition.storage_parameters),
+        tablespace_clause(definition.tablespace),
+    )
+
+
+def _make_indexes(
+    view: ResolvedName, definition: MatViewDefinition, relation: sql.Identifier, standing: Picture | None
+) -> Work[list[str]]:
+    stands = {} if standing is None else {index.name: index for index in standing.indexes}
+    names: list[str] = []
+    for said in definition.all_indexes:
+        name = _token_name(view.name)
+        names.append(name)
+        index, kept = said, stands.get(said.name_on(view.name))
+        if kept is not None and kept.anatomy is not None and not definition.exclusive:
+            options: Mapping[str, ParameterValue] = {
+                **dict(option.split("=", 1) for option in kept.anatomy.options),
+                **index.storage_parameters,
+            }
+            index = replace(index, storage_parameters=options, tablespace=index.tablespace or kept.tablespace)
+        yield Command(create_index(index, name, relation))
+    return names
+
+
+def _make_statistics(definition: MatViewDefinition, relation: sql.Identifier, place: Place) -> Work[list[str]]:
+    names: list[str] = []
+    for statistics in definition.statistics:
+        name = _token_name("probe")
+        names.append(name)
+        yield Command(create_statistics(statistics, place.named(name), relation))
+    return names
+
+
+def _require_columns(view: ResolvedName, definition: MatViewDefinition, columns: Sequence[str]) -> None:
+    named = [
+        *(
+            (each, f"its index {index.name_on(view.name)}")
+            for index in definition.all_indexes
+            for each in index.plain_columns
+        ),
+        *((column.name, "its definition") for column in definition.columns),
+        *(
+            (each, f"its statistics {statistics.name}")
+            for statistics in definition.statistics
+            for each in statistics.columns
+        ),
+    ]
+    for what in dict.fromkeys(what for _, what in named):
+        if unknown := [column for column, namer in named if namer == what and column not in columns]:
+            raise InvalidDefinition(
+                f"{view.display} has no column {', '.join(map(repr, unknown))}, which {what} names. "
+                f"Its columns are: {', '.join(columns)}.",
+                hint="name columns exactly as the query returns them: lower case unless it quotes them.",
+            )
+
+
+def _not_one_query(view: ResolvedName, reason: str) -> InvalidDefinition:
+    return InvalidDefinition(
+        f"The SQL of {view.display} cannot be a materialized view: {reason}.",
+        hint="a definition is exactly one SELECT, WITH, VALUES or TABLE statement that only reads, over "
+        "tables and views that are not temporary, without parameters.",
+    )
+
+
+def _token_name(name: str) -> str:
+    suffix = f"_mv_{secrets.token_hex(4)}"
+    return shorten(name, MAX_IDENTIFIER_BYTES - len(suffix)) + suffix
