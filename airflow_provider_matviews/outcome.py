@@ -25,7 +25,10 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
     facts = response.response
     # It may be told in the words of the server, which may repeat a view's query.
     reason = facts.get("reason")
-    dry_run = {"dry_run": True, "sql": [redact(text) for text in facts["sql"]]} if facts.get("dry_run") else {}
+    dry_run: dict[str, Any] = {}
+    if facts.get("dry_run"):
+        dry_run = {"dry_run": True, "locks": facts["locks"]}
+        dry_run |= {name: [redact(text) for text in facts[name]] for name in ("sql", "then")}
     return {
         "view": facts["view"],
         "status": response.status,
@@ -57,7 +60,9 @@ def log_statements(log: logging.Logger | Any, response: ServiceResponse, redact:
     count = len(facts["sql"])
     log.info("::group::The %s statement%s, with the time of each", count, "" if count == 1 else "s")
     for statement, step in zip(facts["sql"], facts["steps"], strict=True):
-        log.info("%9.1f ms  %s", step["ms"], redact(statement))
+        # None in a dry run.
+        ms = "-" if step["ms"] is None else f"{step['ms']:.1f}"
+        log.info("%9s ms  %s", ms, redact(statement))
     log.info("::endgroup::")
 
 

@@ -22,12 +22,11 @@ import psycopg
 
 from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.names import ViewName
-from airflow_provider_matviews.services.create import create_view
+from airflow_provider_matviews.services.create import Creating, create_view
 from airflow_provider_matviews.services.delete import delete_view
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import Ledger, Operation
-from airflow_provider_matviews.services.locking import politely
 from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
@@ -76,14 +75,8 @@ def _service(deed: Deed, prepared: Prepared) -> Work[ServiceResponse]:
             strategy = RefreshStrategy.REGULAR if deed == "refresh" else RefreshStrategy.CONCURRENT
             return refresh_view(view, server, report, strategy=strategy, analyze=False)
         case "create" | "replace":
-            return create_view(
-                view,
-                DEFINITION,
-                server,
-                report,
-                politely=lambda attempt: politely(view, prepared.patience, attempt),
-                force=deed == "replace",
-            )
+            job = Creating(view, view, DEFINITION, server, report, prepared.patience, force=deed == "replace")
+            return create_view(job)
         case "delete" | "delete cascade":
             return delete_view(view, server, report, managed=True, cascade=deed == "delete cascade")
     raise ValueError(deed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -122,12 +121,14 @@ def test_everything_that_a_view_has_is_declared(each_db: Database) -> None:
         "COMMENT ON STATISTICS stat IS 'about the statistics'",
         f"ALTER MATERIALIZED VIEW mv OWNER TO {owner}",
         f"GRANT SELECT ON mv TO {reader} WITH GRANT OPTION",
-        f"SET ROLE {reader}; GRANT SELECT ON mv TO {other}",
+        f"SET ROLE {reader}; GRANT SELECT ON mv TO {other}; RESET ROLE",
         f"GRANT ALL ON mv TO {other}; GRANT SELECT, UPDATE ON mv TO PUBLIC; GRANT SELECT (b) ON mv TO {reader}",
     )
+    # Until PostgreSQL 15 the server named the table of a column always.
+    table = "source." if each_db.server.major < 16 else ""
     assert definition_of(each_db) == MatViewDefinition(
         name="public.mv",
-        sql='SELECT id AS "Id",\n    a,\n    b\n   FROM public.source',
+        sql=f'SELECT {table}id AS "Id",\n    {table}a,\n    {table}b\n   FROM public.source',
         owner=owner,
         comment="about the view",
         storage_parameters={"fillfactor": 80, "toast.autovacuum_enabled": "off"},
@@ -214,14 +215,17 @@ def test_planning_what_was_just_adopted_shows_nothing(estate: Estate, tmp_path: 
     hook.runs()
     for schema in _SCHEMAS:
         hook.adopt(schema, folder=tmp_path / schema)
-        for name, definition in load_definitions(tmp_path / schema).items():
-            assert (name, hook.plan(definition).steps) == (name, ())
-            assert hook.create(definition).status == "skipped"
+        definitions = load_definitions(tmp_path / schema)
+        steps = {name: hook.plan(definition).steps for name, definition in definitions.items()}
+        assert steps == dict.fromkeys(definitions, ())
+        assert {hook.create(definition).status for definition in definitions.values()} == {"skipped"}
     assert dump(estate.database) == dumped
 
 
 def test_an_estate_that_was_dropped_is_made_again_from_its_files(estate: Estate, tmp_path: Path) -> None:
     database, hook = estate.database, hook_on(estate.database)
+    # These PostgreSQL words anew when it reads its own words.
+    database.execute("DROP MATERIALIZED VIEW estate.q_in, estate.i_in, estate.q_values")
     for schema in _SCHEMAS:
         hook.adopt(schema, folder=tmp_path / schema)
     definitions = load_definitions(tmp_path)
@@ -248,10 +252,18 @@ def test_an_estate_that_was_dropped_is_made_again_from_its_files(estate: Estate,
             _try(connection, function)
 
     assert {name: picture(database, name) for name in definitions} == before
-    assert [line for line in dump(database) if line not in dumped] == []
-    assert {
-        name: hook.plan(definition).steps for name, definition in definitions.items() if hook.plan(definition).steps
-    } == {}
+    assert dump(database) == dumped
+    steps = {name: hook.plan(definition).steps for name, definition in definitions.items()}
+    assert steps == dict.fromkeys(definitions, ())
+
+
+@pytest.mark.parametrize("view", ["estate.q_in", "estate.i_in", "estate.q_values"])
+def test_what_the_server_words_anew_is_no_drift_when_it_is_made_again(estate: Estate, view: str) -> None:
+    hook = hook_on(estate.database)
+    definition = hook.definition_of(view)
+    hook.delete(definition)
+    hook.create(definition)
+    assert hook.plan(definition).steps == hook.plan(hook.definition_of(view)).steps == ()
 
 
 def _typed(name: str) -> str:
@@ -281,7 +293,6 @@ def test_the_settings_of_a_session_change_nothing_of_a_definition_and_stay_as_th
         "intervalstyle": "sql_standard",
         "extra_float_digits": "-15",
         "quote_all_identifiers": "on",
-        "standard_conforming_strings": "off",
         "default_transaction_isolation": "serializable",
         "default_transaction_read_only": "on",
         "lock_timeout": "7s",
@@ -329,6 +340,10 @@ def test_a_view_is_found_as_every_other_operation_finds_it(db: Database) -> None
         (["COMMENT ON TYPE mv IS 'x'"], "its row type has a comment of its own, which no definition holds"),
         (["REVOKE USAGE ON TYPE mv FROM PUBLIC"], "its row type has privileges of its own, which no definition holds"),
         (["REFRESH MATERIALIZED VIEW mv WITH NO DATA"], "never been filled: it answers no query before its first"),
+        (
+            ["ALTER DEFAULT PRIVILEGES GRANT SELECT, INSERT ON TABLES TO PUBLIC", "GRANT SELECT ON mv TO PUBLIC"],
+            "new views of postgres come with privileges that this one lacks (INSERT to public), which no definition",
+        ),
         (["COMMENT ON MATERIALIZED VIEW mv IS ' '"], "its comment is nothing but white space"),
         (["COMMENT ON COLUMN mv.a IS E'\n'"], "the comment on column a is nothing but white space"),
         (["CREATE INDEX i ON mv (a)", "COMMENT ON INDEX i IS ' '"], "the comment on index i is nothing but white"),
@@ -367,22 +382,22 @@ def test_an_invalid_index_is_declared_as_it_should_be_and_noted(each_db: Databas
     ]
 
 
-def test_a_view_of_an_extension_is_not_managed(each_db: Database, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_view_of_an_extension_is_not_managed(each_db: Database, capsys: pytest.CaptureFixture[str]) -> None:
     each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "ALTER EXTENSION plpgsql ADD MATERIALIZED VIEW mv")
     hook = hook_on(each_db)
     definition = hook.adopt()["public.mv"]
     assert (definition.managed, definition.depends_on_extensions) == (False, ())
     assert MatViewDefinition.from_sql(definition.to_sql()) == definition
-    assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING] == [
-        "public.mv: it belongs to the extension plpgsql: declared with managed=False, it is only refreshed."
-    ]
+    line = (
+        "[warning  ] public.mv: it belongs to the extension plpgsql: declared with managed=False, it is only refreshed."
+    )
+    assert line in capsys.readouterr().out
 
 
 def test_a_view_that_no_definition_can_hold_is_refused_by_name(each_db: Database) -> None:
     each_db.execute(
-        'CREATE ACCESS METHOD "Odd" TYPE INDEX HANDLER bthandler',
-        'CREATE OPERATOR CLASS o DEFAULT FOR TYPE integer USING "Odd" AS OPERATOR 1 <, OPERATOR 2 <=, OPERATOR 3 =, '
-        "OPERATOR 4 >=, OPERATOR 5 >, FUNCTION 1 btint4cmp(integer, integer)",
+        'CREATE ACCESS METHOD "Odd" TYPE INDEX HANDLER hashhandler',
+        'CREATE OPERATOR CLASS o DEFAULT FOR TYPE integer USING "Odd" AS OPERATOR 1 =, FUNCTION 1 hashint4(integer)',
         "CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a",
         'CREATE INDEX ON mv USING "Odd" (a)',
     )
@@ -540,32 +555,30 @@ def test_a_tangle_of_circles_comes_apart(db: Database, tmp_path: Path) -> None:
 # -- While others are at work
 
 
-def test_a_view_that_is_locked_is_waited_for(db: Database, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_view_that_is_locked_is_waited_for(db: Database) -> None:
     db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a")
     with db.connect() as other:
-        other.execute("BEGIN; LOCK TABLE pg_class IN ROW SHARE MODE; ALTER MATERIALIZED VIEW mv SET (fillfactor = 50)")
+        other.execute("BEGIN; ALTER MATERIALIZED VIEW mv RENAME COLUMN a TO b")
         found: list[MatViewDefinition] = []
         thread = threading.Thread(target=lambda: found.append(hook_on(db).definition_of("mv")))
         thread.start()
         until(db, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted AND mode = 'AccessShareLock')")
         other.execute("COMMIT")
         thread.join(30)
-    assert found[0].storage_parameters == {"fillfactor": 50}
+    assert found[0].sql == "SELECT 1 AS b"
 
 
 def test_a_view_that_stays_locked_is_given_up_with_a_word_on_who_holds_it(
-    db: Database, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    db: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    caplog.set_level(logging.INFO)
     monkeypatch.setattr(adopt, "DEFAULT_PATIENCE", Patience(lock_timeout=0.1, max_wait=0.5))
     db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW other AS SELECT 1 AS a")
     with db.connect(application_name="nightly") as other:
-        other.execute("BEGIN; ALTER MATERIALIZED VIEW mv SET (fillfactor = 50)")
+        other.execute("BEGIN; ALTER MATERIALIZED VIEW mv RENAME COLUMN a TO b")
         with pytest.raises(psycopg.errors.LockNotAvailable) as raised:
             hook_on(db).adopt()
     assert "others kept a lock on mv" in "".join(raised.value.__notes__)
-    assert "nightly" in caplog.text
+    assert "nightly" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -597,15 +610,16 @@ def test_a_view_may_go_or_be_replaced_while_a_schema_is_read(
 
 def test_a_view_may_be_swapped_between_two_looks_at_it(each_db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     each_db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW mv AS SELECT a FROM t")
-    take, swaps = adopt.take_picture, iter(range(2))
+    take, swaps = adopt.take_picture, iter(range(1))
 
     def interrupted(oid: int) -> Work[Picture | None]:
+        # Once: what was looked at after it cannot be swapped until this is over.
         if next(swaps, None) is not None:
             hook_on(each_db).refresh("mv", refresh_strategy="swap")
         return (yield from take(oid))
 
     monkeypatch.setattr(adopt, "take_picture", interrupted)
-    assert definition_of(each_db).sql == "SELECT a\n   FROM public.t"
+    assert definition_of(each_db).sql.endswith("FROM public.t")
     assert next(swaps, None) is None
 
 
@@ -750,15 +764,15 @@ def test_a_schema_without_views_and_one_that_is_not_there(db: Database, tmp_path
         hook.adopt(overwrite="no")  # type: ignore[arg-type]
 
 
-def test_the_story_says_how_many_and_where(db: Database, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_story_says_how_many_and_where(db: Database, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     db.execute(
         "CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a WITH NO DATA", 'CREATE MATERIALIZED VIEW "M v" AS SELECT 1 AS a'
     )
     hook_on(db).adopt(folder=tmp_path)
-    assert "public.mv: it has never been filled" in caplog.text
-    assert f'public."M v": {tmp_path / "M_v.sql"}' in caplog.text
-    assert f"Wrote the definitions of 2 materialized views in schema public into {tmp_path}." in caplog.text
+    told = capsys.readouterr().out
+    assert "public.mv: it has never been filled" in told
+    assert f'public."M v": {tmp_path / "M_v.sql"}' in told
+    assert f"Wrote the definitions of 2 materialized views in schema public into {tmp_path}." in told
 
 
 def _connection(database: Database) -> str:
@@ -801,7 +815,7 @@ def test_one_command_adopts_a_schema(db: Database, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schema", "nope", "--to", "x"], "The schema nope does not exist"),
+        (["--schema", "nope", "--to", "x"], 'The schema "nope" does not exist'),
         (["--conn-id", "nope", "--to", "x"], "nope"),
         (["--to", "/dev/null/x"], "Not a directory"),
     ],

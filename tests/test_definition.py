@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_matviews.definition import (
+    Column,
+    ExtendedStatistics,
     Index,
     IndexKey,
     MatViewDefinition,
@@ -22,27 +24,76 @@ from airflow_provider_matviews.definition import (
     load_definitions,
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
-from airflow_provider_matviews.names import quote, shorten
+from airflow_provider_matviews.names import ViewName, quote, shorten
+from airflow_provider_matviews.parts import Grant
 
 _CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
-_TEXT = st.text(_CHARACTERS).filter(str.strip)
-_IDENTIFIER = st.text(_CHARACTERS, min_size=1).map(lambda text: shorten(text, 63))
+#: What could end the header, or a string in it, before its time.
+_SNAGS = st.sampled_from(
+    [
+        *("*/", "/*", "*/*", "/*/", "**/", "\\*/", "/\\*", "'", '"', "\\", "\\u002F", "--", "#", "$$", "%s", "{}"),
+        *("[[indexes]]", "matview", '"""', "'''", "\r", "\r\n", "\t", "\x1f", "\x7f", "\x85", "\u2028", "\ufeff"),
+        *("\U0001f600", "e\u0301"),
+    ]
+)
+_STRANGE = st.lists(_SNAGS | st.text(_CHARACTERS, max_size=5), max_size=6).map("".join)
+_TEXT = (st.text(_CHARACTERS) | _STRANGE).filter(str.strip)
+_IDENTIFIER = (st.text(_CHARACTERS, min_size=1) | _STRANGE).map(lambda text: shorten(text, 63)).filter(bool)
+_NAME = _IDENTIFIER.map(quote)
 _PARAMETERS = st.dictionaries(
     st.sampled_from(["fillfactor", "autovacuum_enabled", "toast.autovacuum_enabled"]),
     st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False) | _TEXT,
 )
-_KEYS = st.builds(
-    IndexKey,
-    column=_IDENTIFIER,
-    order=st.sampled_from([None, "asc", "desc"]),
-    nulls=st.sampled_from([None, "first", "last"]),
-    operator_class=st.none() | _IDENTIFIER.map(quote),
-    collation=st.none() | _IDENTIFIER.map(quote),
-) | st.builds(IndexKey, expression=_TEXT)
+_TARGET = st.none() | st.integers(0, 10000)
+_COMMENT = st.none() | _TEXT
+_LABELS = st.dictionaries(_IDENTIFIER, _TEXT, max_size=2)
+
+
+def _grants(*privileges: str) -> st.SearchStrategy[dict[str, list[str]]]:
+    grant = st.builds(Grant, st.sampled_from(privileges), st.booleans(), st.none() | _IDENTIFIER).map(str)
+    nothing = st.just(["NONE"]) if "DELETE" in privileges else st.nothing()
+    return st.dictionaries(_IDENTIFIER, nothing | st.lists(grant | st.sampled_from(privileges), min_size=1), max_size=3)
+
+
+_KEYS = (
+    st.builds(
+        IndexKey,
+        column=_IDENTIFIER,
+        order=st.sampled_from([None, "asc", "desc"]),
+        nulls=st.sampled_from([None, "first", "last"]),
+        operator_class=st.none() | _NAME,
+        collation=st.none() | _NAME,
+    )
+    | st.builds(IndexKey, expression=_TEXT, statistics=_TARGET)
+    | st.builds(IndexKey, column=_IDENTIFIER, operator_class=_NAME, operator_class_options=_PARAMETERS)
+)
+_COLUMNS = st.builds(
+    Column,
+    name=_IDENTIFIER,
+    comment=_COMMENT,
+    storage=st.sampled_from([None, "plain", "external", "main", "extended"]),
+    compression=st.sampled_from([None, "pglz", "lz4"]),
+    statistics=_TARGET,
+    options=_PARAMETERS,
+    grants=_grants("SELECT", "all", "references"),
+    security_labels=_LABELS,
+)
+_STATISTICS = st.builds(
+    ExtendedStatistics,
+    name=_NAME | st.tuples(_NAME, _NAME).map(".".join),
+    columns=st.lists(_IDENTIFIER, min_size=2, max_size=3) | st.just(()),
+    expressions=st.lists(_TEXT, min_size=1, max_size=2),
+    kinds=st.lists(st.sampled_from(["ndistinct", "dependencies", "mcv"]), unique=True),
+    target=_TARGET,
+    comment=_COMMENT,
+    owner=st.none() | _IDENTIFIER,
+)
 
 
 @st.composite
 def _definitions(draw: st.DrawFn) -> MatViewDefinition:
+    # Of all indexes one at the most.
+    clustered, identity = draw(st.sampled_from([None, 0, 1])), draw(st.sampled_from([None, 0, 1]))
     indexes = [
         Index(
             columns=draw(st.lists(_IDENTIFIER | _KEYS, min_size=1, max_size=3)),
@@ -53,32 +104,63 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
             storage_parameters=draw(_PARAMETERS),
             tablespace=draw(st.none() | _IDENTIFIER),
             nulls_not_distinct=draw(st.booleans()),
+            comment=draw(_COMMENT),
+            clustered=number == clustered,
+            replica_identity=number == identity,
+            depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=1)),
         )
         for number in range(draw(st.integers(0, 2)))
     ]
+    name = draw(_NAME)
+    identities = [None] if any(index.replica_identity for index in indexes) else [None, "default", "nothing", "full"]
     return MatViewDefinition(
-        name=draw(_IDENTIFIER.map(quote)),
+        name=name,
         sql=draw(_TEXT),
         refresh_strategy=draw(st.sampled_from(["auto", "regular", "swap"])),
         unique_index_columns=draw(st.lists(_IDENTIFIER, max_size=2)),
         indexes=indexes,
-        comment=draw(st.none() | _TEXT),
-        grants=draw(st.dictionaries(_IDENTIFIER, st.lists(st.sampled_from(["SELECT", "all"]), min_size=1))),
+        comment=draw(_COMMENT),
+        grants=draw(_grants("SELECT", "all", "DELETE", "Maintain")),
         storage_parameters=draw(_PARAMETERS),
         tablespace=draw(st.none() | _IDENTIFIER),
-        depends_on=draw(st.lists(_IDENTIFIER.map(quote), max_size=2)),
-        description=draw(st.none() | _TEXT),
+        depends_on=draw(st.lists(_NAME, max_size=2)),
+        description=draw(_COMMENT),
         managed=draw(st.booleans()),
+        session_settings=draw(st.dictionaries(st.sampled_from(["work_mem", "a.b"]), st.integers() | _TEXT, max_size=2)),
+        timeouts=draw(st.dictionaries(st.sampled_from(["lock_timeout", "timeout"]), st.floats(0.5, 9.5), max_size=2)),
+        owner=draw(st.none() | _IDENTIFIER),
+        access_method=draw(st.none() | _IDENTIFIER),
+        columns=draw(st.lists(_COLUMNS, max_size=2, unique_by=lambda column: column.name)),
+        statistics=draw(st.lists(_STATISTICS, max_size=2, unique_by=lambda each: str(ViewName.parse(each.name)))),
+        replica_identity=draw(st.sampled_from(identities)),
+        security_labels=draw(_LABELS),
+        depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=2)),
+        exclusive=draw(st.booleans()),
+        renamed_from=draw(st.none() | _NAME.filter(lambda other: ViewName.parse(other) != ViewName.parse(name))),
     )
 
 
 @given(_definitions())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_definition_survives_json_pickle_and_copying(definition: MatViewDefinition) -> None:
     assert MatViewDefinition.from_dict(json.loads(json.dumps(definition.to_dict()))) == definition
     assert pickle.loads(pickle.dumps(definition)) == definition
     assert copy.deepcopy(definition) == definition
     assert hash(copy.deepcopy(definition)) == hash(definition)
+
+
+@given(_definitions().filter(lambda definition: definition.sql == definition.sql.strip()))
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_definition_survives_a_file_whose_header_is_one_comment(definition: MatViewDefinition) -> None:
+    text = definition.to_sql()
+    assert MatViewDefinition.from_sql(text) == definition
+    assert (
+        MatViewDefinition.from_sql(text.replace("\n", "\r\n", text[: -len(definition.sql)].count("\n"))) == definition
+    )
+    assert text.endswith(f"*/\n{definition.sql}\n")
+    header = text[: -len(definition.sql) - 1]
+    # For PostgreSQL too, in which comments nest.
+    assert (header.count("/*"), header.count("*/")) == (1, 1)
 
 
 @given(_TEXT.filter(lambda text: not text.lstrip().startswith("/*")))
@@ -184,6 +266,45 @@ def test_arguments_may_be_lists_and_plain_words() -> None:
         ({"comment": "a\0b"}, "NUL"),
         ({"description": "\udfff"}, "not valid Unicode"),
         ({"managed": "false"}, "managed is true or false, not 'false'"),
+        ({"exclusive": 1}, "exclusive is true or false, not 1"),
+        ({"owner": ""}, "name of the owner is empty"),
+        ({"owner": "o" * 64}, "is 64 bytes long"),
+        ({"owner": 1}, "name of the owner is empty"),
+        ({"access_method": ""}, "name of the access method is empty"),
+        ({"replica_identity": "index"}, "'index' does not exist. Choose one of 'default', 'nothing', 'full'"),
+        ({"security_labels": "secret"}, "security_labels maps providers to labels"),
+        ({"security_labels": {"": "secret"}}, "provider in security_labels is empty"),
+        ({"security_labels": {"p": ""}}, "security label of p is empty"),
+        ({"depends_on_extensions": "postgis"}, "depends_on_extensions is a list or tuple"),
+        ({"depends_on_extensions": [1]}, "holds 1, which is not str"),
+        ({"columns": Column(name="a")}, "columns is a list or tuple"),
+        ({"columns": ["a"]}, "holds 'a', which is not Column"),
+        ({"columns": [Column(name="a"), Column(name="b"), Column(name="a")]}, "columns of mv name a twice"),
+        ({"statistics": ["a"]}, "holds 'a', which is not ExtendedStatistics"),
+        (
+            {"statistics": [ExtendedStatistics(name=name, expressions=["a"]) for name in ("s", "S")]},
+            "statistics of mv name s twice",
+        ),
+        (
+            {"indexes": [Index(name=name, columns=["a"], clustered=True) for name in "ij"]},
+            "Two indexes of mv say clustered=True",
+        ),
+        (
+            {"indexes": [Index(name=name, columns=["a"], replica_identity=True) for name in "ij"]},
+            "Two indexes of mv say replica_identity=True",
+        ),
+        (
+            {"indexes": [Index(columns=["a"], replica_identity=True)], "replica_identity": "full"},
+            "has a replica_identity of its own and an index that says it is that",
+        ),
+        ({"renamed_from": "MV"}, "mv is declared as renamed from itself"),
+        ({"renamed_from": "a b"}, "does not parse"),
+        ({"grants": {"reporting": ["NONE", "SELECT"]}}, "grants['reporting'] says NONE and more"),
+        ({"grants": {"reporting": ["SELECT GRANTED BY"]}}, "there are ALL, DELETE"),
+        ({"grants": {"reporting": ["SELECT GRANTED BY a.b"]}}, "'a.b' is not the name of a role"),
+        ({"grants": {"reporting": ["SELECT GRANTED BY a; DROP TABLE t"]}}, "does not parse"),
+        ({"grants": {"reporting": ["SELECT WITH HIERARCHY OPTION"]}}, "there are ALL, DELETE"),
+        ({"grants": {"reporting": ["SELECT, UPDATE"]}}, "there are ALL, DELETE"),
     ],
 )
 def test_a_definition_that_can_never_be_a_view_is_refused(arguments: dict[str, Any], explanation: str) -> None:
@@ -207,6 +328,10 @@ def test_a_definition_that_can_never_be_a_view_is_refused(arguments: dict[str, A
         ({"columns": ["a"], "storage_parameters": {"fillfactor) --": 1}}, "is not the name of a storage parameter"),
         ({"columns": ["a"], "unique": "no"}, "unique of an index is true or false"),
         ({"columns": ["a"], "nulls_not_distinct": 1}, "nulls_not_distinct of an index is true or false"),
+        ({"columns": ["a"], "clustered": None}, "clustered of an index is true or false"),
+        ({"columns": ["a"], "replica_identity": "full"}, "replica_identity of an index is true or false"),
+        ({"columns": ["a"], "comment": " "}, "comment on an index is empty"),
+        ({"columns": ["a"], "depends_on_extensions": "postgis"}, "depends_on_extensions is a list or tuple"),
     ],
 )
 def test_an_index_that_can_never_be_made_is_refused(arguments: dict[str, Any], explanation: str) -> None:
@@ -225,11 +350,74 @@ def test_an_index_that_can_never_be_made_is_refused(arguments: dict[str, Any], e
         ({"column": "a", "nulls": "FIRST"}, "nulls='FIRST'"),
         ({"column": "a", "operator_class": "a b"}, "does not parse"),
         ({"column": "a", "collation": "a.b.c"}, "has 3 parts"),
+        ({"column": "a", "operator_class_options": {"siglen": 9}}, "need an operator_class that they belong to"),
+        (
+            {"column": "a", "operator_class": "o", "operator_class_options": {"sig len": 9}},
+            "'sig len' is not the name of a parameter in operator_class_options",
+        ),
+        ({"column": "a", "statistics": 9}, "those of its expression"),
+        ({"expression": "a", "statistics": 10001}, "statistics=10001 is not a whole number from 0 to 10000"),
+        ({"expression": "a", "statistics": -1}, "statistics=-1 is not a whole number"),
+        ({"expression": "a", "statistics": True}, "statistics=True is not a whole number"),
     ],
 )
 def test_an_index_key_that_can_never_be_made_is_refused(arguments: dict[str, Any], explanation: str) -> None:
     with pytest.raises(InvalidDefinition, match=explanation):
         IndexKey(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explanation"),
+    [
+        ({"name": ""}, "column name is empty"),
+        ({"comment": "\ud800"}, "comment on column a is not valid Unicode"),
+        ({"storage": "PLAIN"}, "storage of a column='PLAIN' does not exist. Choose one of 'plain', 'external'"),
+        ({"compression": "zstd"}, "compression of a column='zstd' does not exist"),
+        ({"statistics": "100"}, "'100' is not a whole number from 0 to 10000"),
+        ({"options": {"n distinct": 1}}, "'n distinct' is not the name of a parameter in options"),
+        ({"options": [1]}, "options maps names to values"),
+        ({"grants": {"reporting": ["DELETE"]}}, "holds DELETE; there are ALL, INSERT, REFERENCES, SELECT, UPDATE"),
+        ({"grants": {"reporting": ["NONE"]}}, "holds NONE; there are ALL"),
+        ({"security_labels": {"p": 1}}, "security label of p is text, not int"),
+    ],
+)
+def test_a_column_that_can_never_be_is_refused(arguments: dict[str, Any], explanation: str) -> None:
+    with pytest.raises(InvalidDefinition, match=explanation):
+        Column(**{"name": "a", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "explanation"),
+    [
+        ({"columns": []}, "The statistics s need two columns, or an expression"),
+        ({"columns": ["a"]}, "need two columns, or an expression"),
+        ({"columns": "ab"}, "columns of statistics is a list or tuple"),
+        ({"columns": ["a", ""]}, "column name is empty"),
+        ({"expressions": [" "]}, "expression of statistics is empty"),
+        ({"kinds": ["everything"]}, "kinds of statistics='everything' does not exist. Choose one of 'ndistinct'"),
+        ({"target": 1.5}, "1.5 is not a whole number from 0 to 10000"),
+        ({"comment": ""}, "comment on statistics s is empty"),
+        ({"owner": ""}, "owner of statistics is empty"),
+        ({"name": "a.b.c"}, "has 3 parts"),
+    ],
+)
+def test_extended_statistics_that_can_never_be_are_refused(arguments: dict[str, Any], explanation: str) -> None:
+    with pytest.raises(InvalidDefinition, match=explanation):
+        ExtendedStatistics(**{"name": "s", "columns": ["a", "b"], **arguments})
+
+
+@pytest.mark.parametrize(
+    ("text", "grant"),
+    [
+        ("select", Grant("SELECT")),
+        (" Select  With\nGrant Option ", Grant("SELECT", grantable=True)),
+        ("UPDATE GRANTED BY Alice", Grant("UPDATE", grantor="alice")),
+        ('all with grant option granted by "Odd "" granted by"', Grant("ALL", True, 'Odd " granted by')),
+    ],
+)
+def test_a_grant_is_read_as_a_person_types_it(text: str, grant: Grant) -> None:
+    assert Grant.parse(text) == Grant.parse(str(grant)) == grant
+    assert MatViewDefinition(name="mv", sql="SELECT 1", grants={"r": [text]}).grants == {"r": (str(grant),)}
 
 
 def test_a_refusal_of_concurrent_says_what_to_declare() -> None:
@@ -274,6 +462,11 @@ def test_a_long_index_name_is_cut_to_63_bytes_and_stays_its_own() -> None:
         ({"name": "mv", "sql": "SELECT 1", "indexes": [{"columns": "a"}]}, "columns of an index is a list, not 'a'"),
         ({"name": "mv", "sql": "SELECT 1", "indexes": [{"columns": ["a"], "uniq": 1}]}, "'uniq' is no argument of"),
         ({"name": "mv", "sql": "SELECT 1", "indexes": [{"columns": [{"colum": "a"}]}]}, "'colum' is no argument of"),
+        ({"name": "mv", "sql": "SELECT 1", "columns": {"name": "a"}}, "columns is a list of tables"),
+        ({"name": "mv", "sql": "SELECT 1", "columns": [{"comment": "a"}]}, "a column lacks 'name'"),
+        ({"name": "mv", "sql": "SELECT 1", "columns": [{"name": "a", "type": "b"}]}, "'type' is no argument of a col"),
+        ({"name": "mv", "sql": "SELECT 1", "statistics": 5}, "statistics is a list of tables"),
+        ({"name": "mv", "sql": "SELECT 1", "statistics": [{}]}, "extended statistics lacks 'name'"),
         ("SELECT 1", "is a table of arguments, not 'SELECT 1'"),
     ],
 )

@@ -270,6 +270,8 @@ def test_no_sql_is_written_outside_the_services(path: Path) -> None:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)}
     strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    # A part of how a definition says a privilege, not of a statement.
+    strings = [text for text in strings if text != " WITH GRANT OPTION"]
     assert [text for text in strings if text not in docstrings and _STATEMENT.match(text)] == []
     imports = [
         alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom | ast.Import) for alias in node.names

@@ -197,7 +197,7 @@ def test_who_does_not_own_a_view_is_told_the_grant_that_lets_it_drop_and_replace
     )
     hook = hook_on(each_db, other)
     replacing = _refused(lambda: hook.create(_MV, force=True))
-    assert f'The role "{other}" may not replace mart.mv, which belongs to "{owner}"' in str(replacing)
+    assert f'The role "{other}" may not replace or alter mart.mv, which belongs to "{owner}"' in str(replacing)
     dropping = _refused(lambda: hook.delete("mart.mv"))
     assert f'The role "{other}" may not drop mart.mv, which belongs to "{owner}"' in str(dropping)
     assert _ways_out(dropping) == _ways_out(replacing)

@@ -15,7 +15,7 @@ import pytest
 from airflow_provider_matviews.definition import IfLocked, MatViewDefinition
 from airflow_provider_matviews.exceptions import ViewLocked
 from airflow_provider_matviews.names import ViewName
-from airflow_provider_matviews.services.create import create_view
+from airflow_provider_matviews.services.create import Creating, create_view
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Instruction, Query, Result, Session, Work
 from airflow_provider_matviews.services.ledger import Ledger, Operation
@@ -283,9 +283,7 @@ def test_who_stands_back_does_not_overwrite_what_is_being_declared(db: Database)
     loser_looked, winner_declared = threading.Event(), threading.Event()
 
     def create(prepared: Prepared) -> Work[ServiceResponse]:
-        return create_view(
-            prepared.view, definition, prepared.server, prepared.report, politely=lambda attempt: attempt()
-        )
+        return create_view(Creating(prepared.view, prepared.view, definition, prepared.server, prepared.report))
 
     def creating(terms: Terms) -> Work[ServiceResponse]:
         subject = Subject(ViewName("mv"), definition)

@@ -89,6 +89,8 @@ class _MatViewOperator(BaseOperator):
         finally:
             self._hook = None
         if self.is_dry_run:
+            # Airflow tells of every asset that a task which succeeds has as its outlet.
+            self.outlets = []
             return summary(response, hook.redact)
         log_statements(self.log, response, hook.redact)
         return self._conclude(context, hook, summary(response, hook.redact), stood_back(response))

@@ -145,6 +145,11 @@ def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
         if picture is not None and query is not None and server is not None:
             break
     notes = [note for condition, note in _NOTES.items() if server[condition]]
+    notes += [
+        f"new views of {each['role']} come with privileges that this one lacks ({each['lacks']}), which no definition "
+        "takes back: made anew it will have them"
+        for each in (yield from fetch_all(_DEFAULTS, {"oid": facts.oid}))
+    ]
     name = ViewName(view.name, view.schema)
     try:
         definition = definition_from(
@@ -343,6 +348,23 @@ _SERVER = sql.SQL(
                    WHERE l.classoid = 'pg_type'::regclass AND l.objoid = t.oid) AS type_labels
     FROM pg_catalog.pg_class c JOIN pg_catalog.pg_type t ON t.oid = c.reltype
     WHERE c.oid = %(oid)s
+    """
+)
+#: What ALTER DEFAULT PRIVILEGES would give to somebody on the view if it were made anew, and it has not; by the roles
+#: that might make it.
+_DEFAULTS = sql.SQL(
+    """
+    SELECT pg_get_userbyid(d.defaclrole)::text AS role,
+           string_agg(DISTINCT format('%%s to %%s', a.privilege_type, CASE WHEN a.grantee = 0 THEN 'public'
+                                      ELSE pg_get_userbyid(a.grantee)::text END), ', ') AS lacks
+    FROM pg_catalog.pg_class c
+    JOIN pg_catalog.pg_default_acl d ON d.defaclobjtype = 'r' AND d.defaclnamespace IN (0, c.relnamespace)
+     AND d.defaclrole IN (c.relowner, current_user::regrole)
+    CROSS JOIN LATERAL aclexplode(d.defaclacl) a
+    WHERE c.oid = %(oid)s AND a.grantee NOT IN (c.relowner, d.defaclrole)
+      AND NOT EXISTS (SELECT FROM aclexplode(c.relacl) has
+                      WHERE has.grantee = a.grantee AND has.privilege_type = a.privilege_type)
+    GROUP BY d.defaclrole ORDER BY 1
     """
 )
 _NOTES = {

@@ -280,20 +280,24 @@ def indexes(
     after: Picture,
     names: Mapping[str, str],
     doomed: Mapping[str, tuple[str, ...]],
+    bodies: Mapping[str, str] | None = None,
 ) -> Iterator[PlanStep]:
     """Return what makes a standing view's indexes what they should be.
 
     :param now: what the view is called until the cut.
     :param names: name of a standing one -> that of the one that it becomes.
     :param doomed: name of a standing one that cannot stay -> the columns that go from under it.
+    :param bodies: name of one -> what builds it now, where that is not what it will say after the cut.
     """
+    bodies = bodies or {}
     stands = {names.get(index.name, index.name): index for index in before.indexes}
     for position, index in enumerate(after.indexes):
         former = stands.pop(index.name, None)
         if former is None:
-            yield _new_index(relation, now, index)
+            yield _new_index(relation, now, index, bodies.get(index.name) or body_of(index))
         elif what := _why_anew(former, index):
-            yield _index_anew(relation, now, position, former, index, what)
+            body = bodies.get(index.name) or body_of(index)
+            yield _index_anew(relation, now, position, former, index, body, what)
         else:
             yield from _index_altered(relation, former, index)
     for former in stands.values():
@@ -322,12 +326,12 @@ def body_of(index: IndexPicture) -> str:
     return anatomy.shape.body(anatomy.options) if anatomy.body is None else anatomy.body
 
 
-def _new_index(relation: Relation, now: Relation, index: IndexPicture) -> PlanStep:
+def _new_index(relation: Relation, now: Relation, index: IndexPicture, body: str) -> PlanStep:
     return PlanStep(
         StepKind.BUILD_INDEX,
         f"index {quote(index.name)}",
         "it is declared and does not stand",
-        build=build_index(now, index, index.name, body_of(index)),
+        build=build_index(now, index, index.name, body),
         cut=dress_index(relation, index.name, None, index),
         lock=Lock.SHARE,
     )
@@ -338,7 +342,7 @@ def _why_anew(former: IndexPicture, index: IndexPicture) -> str | None:
     assert index.anatomy is not None
     if former.anatomy.shape != index.anatomy.shape:
         return f"it is declared as {_short(body_of(index))}, it is {_short(body_of(former))}"
-    if not former.valid:
+    if not former.valid and index.valid:
         return "it is INVALID: a build of it failed half-way, so no query uses it and every refresh pays for it"
     if former.tablespace != index.tablespace:
         return f"it should be in the tablespace {index.tablespace or 'of the database'}"
@@ -346,7 +350,7 @@ def _why_anew(former: IndexPicture, index: IndexPicture) -> str | None:
 
 
 def _index_anew(
-    relation: Relation, now: Relation, position: int, former: IndexPicture, index: IndexPicture, why: str
+    relation: Relation, now: Relation, position: int, former: IndexPicture, index: IndexPicture, body: str, why: str
 ) -> PlanStep:
     ending = f"_mv_{secrets.token_hex(4)}_{position}"
     made = shorten(index.name, MAX_IDENTIFIER_BYTES - len(ending)) + ending
@@ -356,7 +360,7 @@ def _index_anew(
         StepKind.CHANGE_INDEX if former.valid else StepKind.REPAIR_INDEX,
         f"index {quote(former.name)}",
         why,
-        build=build_index(now, index, made, body_of(index)),
+        build=build_index(now, index, made, body),
         cut=(
             text(sql.SQL("DROP INDEX {}").format(relation.beside(former.name))),
             text(rename),
@@ -436,7 +440,7 @@ def statistics(
                 lock=Lock.SHARE_UPDATE_EXCLUSIVE,
                 cost="readers go on; ANALYZE fills them",
             )
-        elif statistics_body(former) != statistics_body(each):
+        elif _made_of(former) != _made_of(each):
             yield PlanStep(
                 StepKind.CHANGE_STATISTICS,
                 subject,
@@ -462,6 +466,12 @@ def statistics(
             cut=(text(sql.SQL("DROP STATISTICS {}").format(sql.Identifier(former.schema, former.name))),),
             lock=Lock.SHARE_UPDATE_EXCLUSIVE,
         )
+
+
+def _made_of(statistics: StatisticsPicture) -> tuple[tuple[str, ...], ...]:
+    anatomy = statistics.anatomy
+    assert anatomy is not None
+    return anatomy.columns, anatomy.expressions, anatomy.kinds
 
 
 def statistics_body(statistics: StatisticsPicture) -> str:
@@ -510,6 +520,10 @@ def privileges(relation: Relation, before: Picture, after: Picture) -> Iterator[
             continue
         if right.privilege.grantable:
             _forget_granted_from(right, present)
+        if right.column is None:
+            # Taken from the whole, it is taken from each column (https://www.postgresql.org/docs/current/sql-revoke.html).
+            for other in [other for other in present if other[:3] == key[:3] and other[3] is not None]:
+                del present[other]
     for rights in _together(surplus):
         yield _revoked(relation, after.owner, rights, option_only=False)
     for rights in _together(optional):

@@ -10,12 +10,11 @@ from psycopg import sql
 
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.dependents import set_deadline
-from airflow_provider_matviews.services.instructions import Command, Note, Work, raw
+from airflow_provider_matviews.services.instructions import Command, Work, raw
 from airflow_provider_matviews.services.locking import Patience, politely
 from airflow_provider_matviews.services.plan import Draft
-from airflow_provider_matviews.services.plan_steps import Lock, PlanStep
+from airflow_provider_matviews.services.plan_steps import Lock, PlanStep, StepKind
 from airflow_provider_matviews.services.replacement import (
-    Changed,
     Replacement,
     locking,
     replace_view,
@@ -74,6 +73,7 @@ def apply_plan(
 
 
 def _in_place(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Patience, report: Report) -> Work[None]:
+    assert draft.standing is not None
     # The server's default must not stand in for what is not declared.
     yield Command(sql.SQL("SET LOCAL default_tablespace = ''"))
     for step, statement in _statements(draft, cut=False):
@@ -82,9 +82,10 @@ def _in_place(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Pa
     mark = report.so_far()
     try:
         yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark))
-    except psycopg.errors.UndefinedObject as error:
-        yield Note(f"Something that the plan names is gone: {error.diag.message_primary}", warning=True)
-        raise Changed([str(error.diag.message_primary)]) from error
+    except psycopg.errors.UndefinedObject:
+        # Perhaps what the plan was made for; else what the definition names.
+        yield from require_unchanged(facts.oid, draft.standing)
+        raise
 
 
 def _cut(draft: Draft, origin: ResolvedName, facts: ViewFacts, report: Report, mark: int) -> Work[None]:
@@ -111,4 +112,11 @@ def _statements(draft: Draft, *, cut: bool) -> Iterator[tuple[PlanStep, str]]:
 
 
 def _run(report: Report, step: PlanStep, statement: str) -> Work[None]:
-    yield from report.run(f"{step.kind} {step.subject}", Command(raw(statement)), lock=step.lock)
+    # As the steps that build an index are called everywhere: their progress is told by that.
+    builds = statement in step.build and step.kind in (
+        StepKind.BUILD_INDEX,
+        StepKind.CHANGE_INDEX,
+        StepKind.REPAIR_INDEX,
+    )
+    name = step.subject if builds else f"{step.kind} {step.subject}"
+    yield from report.run(name, Command(raw(statement)), lock=Lock.SHARE if builds else step.lock)

@@ -15,11 +15,12 @@ from airflow_provider_matviews.services.instructions import Session, Work, fetch
 _NOTHING = sql.SQL("NULL")
 
 #: pg_class.relkind in words (https://www.postgresql.org/docs/current/catalog-pg-class.html).
+MATERIALIZED_VIEW = "a materialized view"
 _KINDS = {
     "r": "a table",
     "p": "a partitioned table",
     "v": "a plain view",
-    "m": "a materialized view",
+    "m": MATERIALIZED_VIEW,
     "i": "an index",
     "I": "a partitioned index",
     "S": "a sequence",
@@ -194,8 +195,8 @@ def former_name(name: str, view: ResolvedName) -> ResolvedName:
     return ResolvedName(former.schema or view.schema, former.name, display)
 
 
-def stand(*views: ResolvedName) -> Work[list[bool]]:
-    """Return of each name whether any relation has it, and, of the last, whether that is a materialized view."""
+def kinds_of(*views: ResolvedName) -> Work[list[str | None]]:
+    """Return what stands under each name, in words such as :data:`MATERIALIZED_VIEW`; None where nothing does."""
     rows = yield from fetch_all(
         sql.SQL(
             "SELECT n.nspname::text AS schema, c.relname::text AS name, c.relkind::text AS kind "
@@ -207,9 +208,12 @@ def stand(*views: ResolvedName) -> Work[list[bool]]:
             )
         )
     )
-    kinds = {(row["schema"], row["name"]): row["kind"] for row in rows}
-    found = [(view.schema, view.name) in kinds for view in views]
-    return [*found[:-1], kinds.get((views[-1].schema, views[-1].name)) == "m"]
+    kinds = {(row["schema"], row["name"]): _kind(row["kind"]) for row in rows}
+    return [kinds.get((view.schema, view.name)) for view in views]
+
+
+def _kind(relkind: str) -> str:
+    return _KINDS.get(relkind, "something else")
 
 
 def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
@@ -249,7 +253,7 @@ def find_view(view: ResolvedName) -> Work[ViewFacts | None]:
         return None
     if (kind := row.pop("relkind")) != "m":
         raise NotAMaterializedView(
-            f"{view.display} is {_KINDS.get(kind, 'something else')}, not a materialized view.",
+            f"{view.display} is {_kind(kind)}, not {MATERIALIZED_VIEW}.",
             hint="choose another name, or drop or rename what stands there.",
         )
     return ViewFacts(**row)

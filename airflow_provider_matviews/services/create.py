@@ -12,6 +12,7 @@ from psycopg import sql
 
 from airflow_provider_matviews.definition import MatViewDefinition, OnDrift, RowCountStrategy
 from airflow_provider_matviews.exceptions import DriftFound, MissingPrivilege, ViewNotManaged
+from airflow_provider_matviews.names import quote
 from airflow_provider_matviews.services import catalog, row_counts
 from airflow_provider_matviews.services.apply import apply_plan
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
@@ -19,7 +20,7 @@ from airflow_provider_matviews.services.instructions import Command, Note, Work
 from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, Patience
 from airflow_provider_matviews.services.picture import restore_settings, speak_plainly
 from airflow_provider_matviews.services.plan import Draft, draft_plan
-from airflow_provider_matviews.services.plan_steps import Plan
+from airflow_provider_matviews.services.plan_steps import Lock, Plan
 from airflow_provider_matviews.services.probe import Place, find_place, lacks_schema
 from airflow_provider_matviews.services.rebuild import Beside, build, build_indexes
 from airflow_provider_matviews.services.replacement import renaming, while_unchanged
@@ -76,7 +77,7 @@ def create_view(job: Creating) -> Work[ServiceResponse]:
         return report.end("created")
     yield from _count_standing(job, facts)
     if job.on_drift is OnDrift.IGNORE and not job.force:
-        return (yield from _leave(job))
+        return (yield from _leave(job, facts, place))
     if place is None:
         return (yield from _cannot_tell(job))
     return (yield from _make_it_so(job, place))
@@ -143,11 +144,20 @@ def _count_standing(job: Creating, facts: ViewFacts) -> Work[None]:
     job.report.told(row_count_before=before)
 
 
-def _leave(job: Creating) -> Work[ServiceResponse]:
+def _leave(job: Creating, facts: ViewFacts, place: Place | None) -> Work[ServiceResponse]:
     report = job.report
     if moves := renaming(job.origin, job.view):
+        if not facts.can_own:
+            role, owner = quote(job.server.role), quote(facts.owner)
+            raise MissingPrivilege(
+                f"The role {role} may not rename {job.origin.display}, which belongs to {owner}.",
+                hint=f"run: {catalog.membership(facts.owner, job.server)}",
+            )
+        if place is None or place.temporary:
+            raise lacks_schema(job.view, job.server)
+        report.told(drift=None)
         for command in moves:
-            yield from report.run("rename", command)
+            yield from report.run("rename", command, lock=Lock.ACCESS_EXCLUSIVE)
         yield Note(f"Renamed from {job.origin.display}; whatever else differs is left alone (on_drift='ignore').")
         return report.end("updated")
     report.told(reason="it stands already", drift=None)

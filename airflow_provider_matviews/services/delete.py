@@ -54,7 +54,8 @@ def delete_view(
     if dependents:
         yield Note(f"With {view.display} go {len(dependents)} more: {_listed(dependents)}.", warning=True)
     report.told(dropped_with_it=dependents)
-    yield from report.run("drop", _drop(view, cascade), lock=Lock.ACCESS_EXCLUSIVE)
+    on = (view.display, *dependents) if dependents else ()
+    yield from report.run("drop", _drop(view, cascade), lock=Lock.ACCESS_EXCLUSIVE, on=on)
     if cascade:
         yield from _require_nothing_unannounced(view, facts, dependents)
     return report.end("deleted")

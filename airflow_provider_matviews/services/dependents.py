@@ -15,6 +15,7 @@ from typing import Literal
 from psycopg import sql
 
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_all, raw
+from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.response import Report
 
 
@@ -23,6 +24,7 @@ class Dependent:
     """Something that reads the view directly.
 
     :ivar relation: the relation to lock before the view is cut: itself, or the table of a rule or policy.
+    :ivar locked: the description of that relation.
     :ivar statement: what defines it again, as read while the view still has its name.
     :ivar extensions: extensions that it goes with, which being defined again would forget.
     """
@@ -30,9 +32,15 @@ class Dependent:
     kind: Literal["view", "rule", "policy", "function"]
     description: str
     relation: int | None
+    locked: str | None
     lock: str | None
     statement: str
     extensions: tuple[str, ...]
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """What is locked, for a report."""
+        return () if self.locked is None else (self.locked,)
 
 
 def blocking_dependents(oid: int) -> Work[list[str]]:
@@ -71,7 +79,7 @@ def set_deadline(deadline: float) -> Work[None]:
     yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(sql.Literal(f"{left}ms")))
 
 
-def lock_dependents(dependents: Sequence[Dependent], deadline: float) -> Work[None]:
+def lock_dependents(dependents: Sequence[Dependent], report: Report, deadline: float | None = None) -> Work[None]:
     """Lock them as redefining them will, before the view itself: in the order in which readers lock.
 
     Setting the owner that is there already is the one statement that takes ACCESS EXCLUSIVE on a view and
@@ -79,17 +87,22 @@ def lock_dependents(dependents: Sequence[Dependent], deadline: float) -> Work[No
 
     :param deadline: when to give up, for all of them together: readers queue behind those that are had already.
     """
-    for statement in dict.fromkeys(each.lock for each in dependents if each.lock is not None):
-        yield from set_deadline(deadline)
-        yield Command(raw(statement))
+    locks = {each.lock: each.on for each in dependents if each.lock is not None}
+    for statement, on in locks.items():
+        if deadline is not None:
+            yield from set_deadline(deadline)
+        yield from report.run("lock", Command(raw(statement)), lock=Lock.ACCESS_EXCLUSIVE, on=on)
 
 
 def repoint(dependents: Sequence[Dependent], report: Report) -> Work[None]:
     """Define them again, now that the view's name means the new one."""
     for dependent in dependents:
-        yield from report.run(f"re-point {dependent.description}", Command(raw(dependent.statement)))
+        step = f"re-point {dependent.description}"
+        # A function is replaced without a lock.
+        lock = Lock.ACCESS_EXCLUSIVE if dependent.on else Lock.NONE
+        yield from report.run(step, Command(raw(dependent.statement)), lock=lock, on=dependent.on)
         for extension in dependent.extensions:
-            yield from report.run(f"re-point {dependent.description}", Command(raw(extension)))
+            yield from report.run(step, Command(raw(extension)))
 
 
 # Who depends on the view: on the relation itself, or on its row type and the array of that.
@@ -179,6 +192,7 @@ _DEPENDENTS = sql.SQL(
            CASE WHEN w.rulename = '_RETURN' THEN 'view ' || r.oid::regclass::text
                 ELSE pg_describe_object(d.classid, d.objid, 0) END AS description,
            coalesce(r.oid, t.oid)::bigint AS relation,
+           pg_describe_object('pg_class'::regclass, coalesce(r.oid, t.oid), 0) AS locked,
            CASE WHEN r.relkind = 'v'
                 THEN format('ALTER VIEW %%s OWNER TO %%I', r.oid::regclass, pg_get_userbyid(r.relowner))
                 WHEN r.oid IS NOT NULL OR t.oid IS NOT NULL

@@ -230,7 +230,10 @@ class Ledger:
         return record
 
     def glance(self, view: ResolvedName) -> Work[DefinitionRecord | None]:
-        """Return what is recorded of a view, or None, also where there are no tables yet; make nothing."""
+        """Return what is recorded of a view, or None, also where there are no tables yet; make nothing.
+
+        :raises psycopg.errors.InsufficientPrivilege: when the role may not read the tables.
+        """
         try:
             row = yield from fetch_one(
                 sql.SQL("SELECT * FROM {} WHERE schema_name = %s AND view_name = %s").format(
@@ -239,38 +242,43 @@ class Ledger:
                 (view.schema, view.name),
                 Session.RECORD,
             )
-        except (
-            psycopg.errors.UndefinedTable,
-            psycopg.errors.InvalidSchemaName,
-            psycopg.errors.InsufficientPrivilege,
-        ):
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             return None
         return None if row is None else _definition(row)
 
-    def rename(self, former: DefinitionRecord, view: ResolvedName, known: DefinitionRecord | None) -> Work[None]:
+    def rename(self, former: DefinitionRecord, view: ResolvedName) -> Work[None]:
         """Give a definition and its runs a view's new name, in the operation's own transaction.
 
+        What is recorded under that name already, of a view that was called so before, becomes part of its history.
+
         :param former: the row under the name that it has had.
-        :param known: the row under its new name, left by a view that was called so before; it takes over the runs.
         """
-        if known is None or known.id == former.id:
-            yield from fetch_all(
-                sql.SQL(
-                    "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() "
-                    "WHERE id = %s RETURNING id"
-                ).format(self._table("mat_view_definitions")),
-                (view.display, view.schema, view.name, former.id),
-            )
-            return
+        definitions = self._table("mat_view_definitions")
+        # Made where there is none, so that who stands back, without a lock, cannot record one meanwhile; and locked, so
+        # that nobody hangs another run on it.
+        row = yield from fetch_one(
+            sql.SQL(
+                "INSERT INTO {} AS d (name, schema_name, view_name) VALUES (%s, %s, %s) "
+                "ON CONFLICT (schema_name, view_name) DO UPDATE SET updated_at = d.updated_at RETURNING id"
+            ).format(definitions),
+            (view.display, view.schema, view.name),
+        )
+        assert row is not None
+        left = row["id"]
+        yield from fetch_all(sql.SQL("SELECT id FROM {} WHERE id = %s FOR UPDATE").format(definitions), (left,))
         yield from fetch_all(
-            sql.SQL("UPDATE {} SET mat_view_definition_id = %s WHERE mat_view_definition_id = %s RETURNING id").format(
+            sql.SQL("UPDATE {} SET mat_view_definition_id = %s WHERE mat_view_definition_id = %s").format(
                 self._table("mat_view_runs")
             ),
-            (known.id, former.id),
+            (former.id, left),
         )
+        yield from fetch_all(sql.SQL("DELETE FROM {} WHERE id = %s").format(definitions), (left,))
         yield from fetch_all(
-            sql.SQL("DELETE FROM {} WHERE id = %s RETURNING id").format(self._table("mat_view_definitions")),
-            (former.id,),
+            sql.SQL(
+                "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() "
+                "WHERE id = %s"
+            ).format(definitions),
+            (view.display, view.schema, view.name, former.id),
         )
 
     def adopt(self, view: ResolvedName, known: DefinitionRecord | None, query: str | None) -> Work[DefinitionRecord]:

@@ -98,11 +98,11 @@ def take_view_lock(
     while True:
         waited = time.monotonic() - begun
         if deferral is not None and not (yield from _try_lock(_deferral_key(deferral))):
-            whose, longest = "This very task's earlier operation", float("inf")
-        elif not (yield from _try_locks(view, former)):
+            whose, longest = f"This very task's earlier operation on {view.display}", float("inf")
+        elif (held := (yield from _try_locks(view, former))) is not None:
             if if_locked is not IfLocked.WAIT or waited >= patience.max_wait:
                 return None
-            whose, longest = "Another operation", patience.max_wait
+            whose, longest = f"Another operation on {held.display}", patience.max_wait
         elif told is None:
             return 0.0
         else:
@@ -110,16 +110,19 @@ def take_view_lock(
             return waited
         if told is None or waited - told >= _NEWS_EVERY:
             told = waited
-            yield Note(f"{whose} on {view.display} is running; waiting for it ({waited:.0f} s so far).")
+            yield Note(f"{whose} is running; waiting for it ({waited:.0f} s so far).")
         yield Command(_STEP_BACK)
         yield Pause(min(pause(), longest - waited))
         yield from begin_again()
 
 
-def _try_locks(view: ResolvedName, former: ResolvedName | None) -> Work[bool]:
-    if not (yield from _try_lock(lock_key(view))):
-        return False
-    return former is None or (yield from _try_lock(lock_key(former)))
+def _try_locks(view: ResolvedName, former: ResolvedName | None) -> Work[ResolvedName | None]:
+    """Return the one that somebody else holds; None where all were had."""
+    # In one order for all: of renames that cross, one gets through.
+    for each in sorted((view, former) if former else (view,), key=lock_name):
+        if not (yield from _try_lock(lock_key(each))):
+            return each
+    return None
 
 
 def _try_lock(key: sql.Composable) -> Work[bool]:

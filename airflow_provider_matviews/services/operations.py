@@ -21,11 +21,13 @@ from airflow_provider_matviews.definition import (
     check_session_settings,
     choice,
 )
-from airflow_provider_matviews.exceptions import InvalidDefinition
+from airflow_provider_matviews.exceptions import InvalidDefinition, ViewNotFound
 from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.create import Creating, create_view, plan_view
 from airflow_provider_matviews.services.delete import delete_view
-from airflow_provider_matviews.services.instructions import Work
+from airflow_provider_matviews.services.instructions import Note, Work
 from airflow_provider_matviews.services.ledger import Ledger, Operation
 from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.refresh import refresh_view
@@ -69,6 +71,7 @@ class Operations:
                 hint="MatViewDefinition(name=..., sql=...) or MatViewDefinition.from_file(...)",
             )
         counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+        dry_run = manners.get("dry_run", False)
         drift = choice(OnDrift, on_drift, "on_drift")
         check_flag(force, "force")
         check_flag(with_data, "with_data")
@@ -85,7 +88,7 @@ class Operations:
                     prepared.patience,
                     force=force,
                     with_data=with_data,
-                    row_counts=counting,
+                    row_counts=_at_no_cost(counting) if dry_run else counting,
                     on_drift=drift,
                 )
             )
@@ -133,6 +136,7 @@ class Operations:
         """Return the work of :meth:`MatViewHook.refresh`."""
         asked = None if refresh_strategy is None else choice(RefreshStrategy, refresh_strategy, "refresh_strategy")
         counting = choice(RowCountStrategy, row_count_strategy, "row_count_strategy")
+        dry_run = manners.get("dry_run", False)
         if isinstance(max_bloat, bool) or not isinstance(max_bloat, (int, float)) or not 1 < max_bloat < math.inf:
             raise InvalidDefinition(f"max_bloat={max_bloat!r} is not a number above 1 (1e9 for never).")
         check_flag(vacuum, "vacuum")
@@ -140,12 +144,12 @@ class Operations:
             check_flag(analyze, "analyze")
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return refresh_view(
+            refreshing = refresh_view(
                 prepared.view,
                 prepared.server,
                 prepared.report,
                 strategy=asked or prepared.record.refresh_strategy,
-                row_counts=counting,
+                row_counts=_at_no_cost(counting) if dry_run else counting,
                 unique_index_columns=prepared.record.unique_index_columns,
                 patience=prepared.patience,
                 # A dry run may be of a view that nothing is recorded of.
@@ -154,6 +158,16 @@ class Operations:
                 analyze=analyze,
                 vacuum=vacuum,
             )
+            try:
+                return (yield from refreshing)
+            except ViewNotFound as error:
+                former = yield from _not_yet_renamed(prepared.view, view_or_definition)
+                if former is None:
+                    raise
+                raise ViewNotFound(
+                    f"{error.message} {former.display} does, which it is declared as renamed from.",
+                    hint="create it first (CreateMatViewOperator or hook.create()), which renames that one.",
+                ) from error
 
         request = {
             "refresh_strategy": asked and asked.value,
@@ -172,7 +186,7 @@ class Operations:
         check_flag(force, "force")
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return delete_view(
+            response = yield from delete_view(
                 prepared.view,
                 prepared.server,
                 prepared.report,
@@ -180,6 +194,15 @@ class Operations:
                 cascade=cascade,
                 force=force,
             )
+            if response.status == "skipped":
+                former = yield from _not_yet_renamed(prepared.view, view_or_definition)
+                if former is not None:
+                    yield Note(
+                        f"{former.display}, which it is declared as renamed from, stands and is left alone: drop it by "
+                        "that name.",
+                        warning=True,
+                    )
+            return response
 
         return self._recorded(
             Operation.DROP, view_or_definition, service, {"cascade": cascade, "force": force}, **manners
@@ -213,6 +236,20 @@ class Operations:
         if dry_run:
             return rehearse_run(operation, subject, self.ledger, terms, service)
         return record_run(operation, subject, self.ledger, terms, service)
+
+
+def _at_no_cost(counting: RowCountStrategy) -> RowCountStrategy:
+    # To count exactly is to read every row.
+    return RowCountStrategy.NONE if counting is RowCountStrategy.EXACT else counting
+
+
+def _not_yet_renamed(view: ResolvedName, subject: str | MatViewDefinition) -> Work[ResolvedName | None]:
+    """Return the name that a view which does not stand still has, where its definition says which one."""
+    if isinstance(subject, str) or subject.renamed_from is None:
+        return None
+    former = catalog.former_name(subject.renamed_from, view)
+    (kind,) = yield from catalog.kinds_of(former)
+    return former if kind == catalog.MATERIALIZED_VIEW else None
 
 
 def _exclusive(definition: MatViewDefinition, exclusive: bool | None) -> MatViewDefinition:

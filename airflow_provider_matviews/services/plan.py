@@ -102,7 +102,8 @@ def draft_plan(
     beside = Beside.of(view)
     steps = list(_whole_view(base, target.picture, stored, declared, changed=not (same or renamed), force=force))
     rebuilds = bool(steps)
-    mine = list(_in_place(view, origin, standing, base, target, renamed, owner))
+    bodies = yield from _bodies(view, definition, place, standing, renamed)
+    mine = list(_in_place(view, origin, standing, base, target, renamed, bodies, owner))
     if rebuilds:
         script = yield from _script(beside, standing, declared, target, facts, with_data, force)
         steps = [replace(steps[0], build=script[0], cut=script[1]), *steps[1:]]
@@ -186,6 +187,20 @@ def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: 
     return {}
 
 
+def _bodies(
+    view: ResolvedName, definition: MatViewDefinition, place: Place, standing: Picture, renamed: Mapping[str, str]
+) -> Work[dict[str, str]]:
+    """Return what builds the declared indexes while the columns still have their former names, by index."""
+    if not renamed or not definition.all_indexes:
+        return {}
+    called = {new: old for old, new in renamed.items()}
+    declared = yield from read_declared(view, definition, place, standing, called)
+    bodies = {index.name: alter.body_of(index) for index in standing.indexes}
+    for index, found in zip(definition.all_indexes, declared.indexes, strict=True):
+        bodies[index.name_on(view.name)] = alter.body_of(found)
+    return bodies
+
+
 def _whole_view(
     base: Picture, picture: Picture, stored: str, declared: Declared, *, changed: bool, force: bool
 ) -> Iterator[PlanStep]:
@@ -255,6 +270,7 @@ def _in_place(
     base: Picture,
     target: Target,
     renamed: Mapping[str, str],
+    bodies: Mapping[str, str],
     owner: str,
 ) -> Iterator[PlanStep]:
     """Return the steps that a view can take as it stands."""
@@ -280,7 +296,7 @@ def _in_place(
     yield from _given(relation, standing.owner, owner)
     yield from alter.settings(relation, base, target.picture)
     now = Relation(origin.schema, origin.name)
-    yield from alter.indexes(relation, now, base, target.picture, target.index_names, target.doomed)
+    yield from alter.indexes(relation, now, base, target.picture, target.index_names, target.doomed, bodies)
     yield from alter.statistics(relation, base, target.picture, target.doomed)
     yield from alter.privileges(relation, base, _with_all_columns(target.picture, base))
 
@@ -361,7 +377,7 @@ def _errors(
 ) -> Work[list[MatViewError]]:
     """Return why the steps cannot be taken."""
     if not facts.can_own:
-        role, owner = (quote(name) for name in (server.role, facts.owner))
+        role, owner = (sql.Identifier(name).as_string(None) for name in (server.role, facts.owner))
         return [
             MissingPrivilege(
                 f"The role {role} may not replace or alter {origin.display}, which belongs to {owner}.",

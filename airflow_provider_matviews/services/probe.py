@@ -104,11 +104,16 @@ def lacks_schema(view: ResolvedName, server: ServerFacts) -> MissingPrivilege:
 
 
 def read_declared(
-    view: ResolvedName, definition: MatViewDefinition, place: Place, standing: Picture | None
+    view: ResolvedName,
+    definition: MatViewDefinition,
+    place: Place,
+    standing: Picture | None,
+    called: Mapping[str, str] | None = None,
 ) -> Work[Declared]:
     """Have the server read a definition.
 
     :param standing: the view that stands, if any: what its indexes have beside what is declared of them is kept.
+    :param called: column -> what it is called for the indexes and statistics that are returned.
     :raises InvalidDefinition: when the SQL is not one query, or a column that the definition names does not exist.
     :raises psycopg.Error: what PostgreSQL says of the query, an index, statistics or a parameter.
     """
@@ -134,6 +139,9 @@ def read_declared(
         indexes = yield from _make_indexes(view, definition, relation, standing)
         statistics = yield from _make_statistics(definition, relation, place)
         yield from speak_plainly()
+        for name, other in (called or {}).items():
+            rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
+            yield Command(rename.format(relation, sql.Identifier(name), sql.Identifier(other)))
         whole = yield from take_picture(oid)
         assert whole is not None
         declared = replace(

@@ -242,18 +242,13 @@ class Progress:
         # In a swap somebody's settings may have been carried over under the lock that ANALYZE takes.
         if seen["comparing"] and step.name == "refresh":
             return "comparing the new rows with the old ones"
-        # Made empty and filled then, within one transaction: nobody else can see which of the two goes on.
-        indexed = step.name == "fill" and any(
-            each["step"].startswith("index ") for each in self.report.response.get("steps", ())
-        )
-        building = " or building indexes" if indexed else ""
         if seen["size"] is None:
-            return f"running the query and writing its rows{building}"
+            return "running the query and writing its rows"
         if seen["size"] == 0:
             return "running the query"
         last = next((past.heap_bytes for past in self._past or () if past.heap_bytes), None)
         before = f" ({size_text(last)} last time)" if last else ""
-        return f"writing rows{building}, {size_text(seen['size'])} so far{before}"
+        return f"writing rows, {size_text(seen['size'])} so far{before}"
 
     def _rest(self) -> str:
         strategy = self.report.response.get("strategy")

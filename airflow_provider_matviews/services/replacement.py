@@ -286,7 +286,7 @@ def _cut(job: Replacement, mark: int, *, rehearsal: bool) -> Work[None]:
     settings = yield from speak_plainly()
     seconds = yield from time_to_lock()
     deadline = time.monotonic() + seconds
-    yield from lock_dependents((yield from read_dependents(facts.oid)), deadline)
+    yield from lock_dependents((yield from read_dependents(facts.oid)), report, deadline)
     yield from set_deadline(deadline)
     # Changes nothing, and takes the lock that the cut needs, while the view still has its name.
     yield from report.run("lock", locking(job.origin, job.standing.owner), lock=Lock.ACCESS_EXCLUSIVE)
@@ -316,6 +316,7 @@ def _cut(job: Replacement, mark: int, *, rehearsal: bool) -> Work[None]:
 def _tell_cut(job: Replacement, dependents: Sequence[Dependent]) -> Work[None]:
     """Say what the cut would do, and do nothing."""
     report, strongest = job.report, Lock.ACCESS_EXCLUSIVE
+    yield from lock_dependents(dependents, report)
     yield from report.run("lock", locking(job.origin, job.standing.owner), lock=strongest)
     for command in (*renaming(job.origin, job.beside.view), *_trading_places(job)):
         yield from report.run("cut", command, lock=strongest)

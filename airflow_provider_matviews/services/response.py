@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,7 +22,9 @@ class ServiceResponse:
         as in the response that an error carries.
     :param request: what was asked.
     :param response: view, sql (the statements, in order), strategy, row_count_before, row_count_after
-        (None where unknown), steps with their timings in milliseconds, reason, and what else the operation tells.
+        (None where unknown), steps (one for each statement, with its timing in milliseconds), reason, and what else
+        the operation tells. Of a dry run also ``locks`` (one for each statement) and ``then`` (the statements that
+        would follow COMMIT); a step that was not carried out has no timing (None).
     :param run_id: the id of the run row, where one was written.
     :param duration_ms: milliseconds by the monotonic clock, where a run row was written.
     """
@@ -103,7 +105,7 @@ class Report:
             waited_ms=self.waited_ms,
         )
         if self.dry_run:
-            self.told(dry_run=True, locks=[])
+            self.told(dry_run=True, locks=[], then=[])
 
     def so_far(self) -> int:
         """Return a mark for :meth:`forget_since`."""
@@ -132,19 +134,22 @@ class Report:
         place: tuple[int, int] | None = None,
         lock: Lock = Lock.NONE,
         *,
+        on: Sequence[str] = (),
         harmless: bool = False,
     ) -> Work[None]:
         """Run a command and note its text and how long it took. A dry run only notes it.
 
         :param place: (i, n) where it is the i-th of n steps of its kind.
-        :param lock: what it locks of the view that stands.
+        :param lock: what it locks of what stands.
+        :param on: descriptions of what it locks, where that is not the view alone.
         :param harmless: whether a dry run can carry it out, to see whether the server would refuse it: it takes no
             time and touches nothing but what this operation has made, which is rolled back.
         """
         self.response["sql"].append(command.text)
         if self.dry_run:
-            self.response["locks"].append(lock.value)
+            self.response["locks"].append(f"{lock.value} on {', '.join(on)}" if on else lock.value)
             if not harmless:
+                self.response["steps"].append({"step": step, "ms": None})
                 return
         with self.running(step, place) as current:
             try:
@@ -156,6 +161,8 @@ class Report:
     def later(self, step: str, command: Command) -> None:
         """Ask for a command after the operation has committed; its failure is not the operation's."""
         self.follow_up.append((step, command))
+        if self.dry_run:
+            self.response["then"].append(command.text)
 
     def told(self, **facts: Any) -> None:
         """Add to the response."""

@@ -19,7 +19,7 @@ import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.definition import IfLocked, MatViewDefinition, ParameterValue, RefreshStrategy
-from airflow_provider_matviews.exceptions import MatViewError, UnsupportedServer, ViewLocked
+from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer, ViewLocked
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.advice import advise
@@ -38,6 +38,7 @@ from airflow_provider_matviews.services.instructions import (
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import Patience, politely, take_view_lock
 from airflow_provider_matviews.services.migrations import explained
+from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.progress import Progress
 from airflow_provider_matviews.services.response import Report, ServiceResponse
 from airflow_provider_matviews.services.session_settings import apply_settings
@@ -162,34 +163,27 @@ def record_run(
             yield from _roll_back()
             return earlier
         if waited is None:
-            standing_back = _stand_back(operation, view, known, ledger, terms, report, begun)
+            standing_back = _stand_back(operation, view, former, known, ledger, terms, report, begun)
             return (yield from explained(ledger.tracking_schema, standing_back))
-        if waited:
-            report.waited_ms = round(waited * 1000)
-            # Whoever went before may have declared it, or dropped it.
-            known = yield from ledger.definition(view)
+        report.waited_ms = round(waited * 1000)
+        # Whoever went before may have declared it, dropped it, or given its row to a view of another name.
+        known = yield from ledger.definition(view)
         origin = yield from _origin(view, former)
-        recorded = known if origin is view else (yield from ledger.definition(origin))
-        if recorded is None or (origin is not view and known is not None):
-            # A view that was called so before has left its history, which is gone on with.
-            recorded, merged = known, recorded
-        else:
-            merged = recorded if origin is not view else None
-        starting = _start(operation, view, recorded, subject, ledger, terms, _meta(report, terms))
+        renamed = None if origin is view else (yield from ledger.definition(origin))
+        starting = _start(operation, view, renamed or known, subject, ledger, terms, _meta(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
         prepared = Prepared(view, origin, server, _in_force(record, subject), report, terms.patience)
         watched = Progress(view, operation, server.pid, report, begun, lambda: ledger.past_refreshes(record.id))
         yield Watch(watched.line)
 
         def declared(status: RunStatus) -> Work[None]:
-            if origin is not view:
-                if status is not RunStatus.SUCCESS:
-                    return  # It still has its former name.
-                if merged is not None:
-                    yield from ledger.rename(merged, view, known)
+            if origin is not view and status is not RunStatus.SUCCESS:
+                return  # It still has its former name.
+            if renamed is not None:
+                yield from ledger.rename(renamed, view)
             # Only now: a definition that was refused is not what the view should be.
             if subject.definition is not None:
-                yield from ledger.declare(view, subject.definition, None if origin is not view else record)
+                yield from ledger.declare(view, subject.definition, record if origin is view else None)
 
         return (yield from _carry_out(service, declared, prepared, run_id, ledger, terms, begun))
     except BaseException as error:
@@ -201,19 +195,31 @@ def record_run(
 def _former_name(operation: Operation, subject: Subject, view: ResolvedName) -> ResolvedName | None:
     if operation is not Operation.CREATE or subject.definition is None or subject.definition.renamed_from is None:
         return None
-    return catalog.former_name(subject.definition.renamed_from, view)
+    former = catalog.former_name(subject.definition.renamed_from, view)
+    if (former.schema, former.name) == (view.schema, view.name):
+        raise InvalidDefinition(
+            f"{view.display} is declared as renamed from itself: renamed_from={subject.definition.renamed_from!r} "
+            f"means {former.ddl} here.",
+            hint="name the schema that it was in; without one, renamed_from means the schema that it is to be in.",
+        )
+    return former
 
 
 def _origin(view: ResolvedName, former: ResolvedName | None) -> Work[ResolvedName]:
     """Return the name that a view has: the former one where that stands and the new one does not."""
     if former is None:
         return view
-    new_stands, old_stands = yield from catalog.stand(view, former)
-    if new_stands and old_stands:
+    new, old = yield from catalog.kinds_of(view, former)
+    if old == catalog.MATERIALIZED_VIEW:
+        if new is None:
+            return former
         yield Note(
             f"renamed_from is passed over: {former.display} stands, and so does {view.display} already.", warning=True
         )
-    return former if old_stands and not new_stands else view
+    elif old is not None and new is None:
+        # Not refused: whoever made it may have done so long after the rename.
+        yield Note(f"renamed_from is passed over: {former.display} is {old}, which is left alone.", warning=True)
+    return view
 
 
 def rehearse_run(
@@ -228,9 +234,10 @@ def rehearse_run(
     """Find out what a recorded operation would do, statement by statement, and do nothing.
 
     What takes no time and touches nothing that stands is carried out and rolled back, so that what the server would
-    refuse shows. Nothing is recorded, and no lock of another operation is waited for.
+    refuse shows. Nothing is recorded. Neither another operation nor a reader is waited for, only who keeps even readers
+    off something that has to be read.
 
-    :param quiet: says nothing.
+    :param quiet: does not tell the statements.
     :returns: the response that there would be, as far as it can be told; ``sql`` and ``locks`` go together.
     :raises UnsupportedServer: when the server cannot take this operation.
     :raises MatViewError: what the operation would be refused for.
@@ -240,21 +247,37 @@ def rehearse_run(
     yield from _set_deadline(terms, begun)
     try:
         view, server = yield from _begin(operation, subject, terms)
-        known = yield from ledger.glance(view)
+        known = yield from _glance(view, subject, ledger)
         terms = yield from _with_timeouts_of(subject, known, terms, begun)
         origin = yield from _origin(view, _former_name(operation, subject, view))
         report = Report.on(view.display, dict(terms.request), dry_run=True)
         record = _in_force(known or _unknown(view), subject)
-        yield from apply_settings({**record.session_settings, **terms.session_settings})
-        response = yield from service(Prepared(view, origin, server, record, report, terms.patience))
+        prepared = Prepared(view, origin, server, record, report, terms.patience)
+        try:
+            response = yield from politely(origin, terms.patience, lambda: _attempt(service, prepared, terms))
+        except BaseException as error:
+            advise(error, view, server.role)
+            _attach(error, report.unfinished())
+            raise
     except BaseException as error:
         advise(error)
         yield from _roll_back()
         raise
     yield from _roll_back()
     if not quiet:
-        yield from _tell_rehearsal(response, report)
+        yield from _tell_rehearsal(response)
     return response
+
+
+def _glance(view: ResolvedName, subject: Subject, ledger: Ledger) -> Work[DefinitionRecord | None]:
+    if subject.definition is None:
+        # How it is refreshed and whether it is ours to drop is only recorded.
+        return (yield from explained(ledger.tracking_schema, ledger.glance(view)))
+    try:
+        return (yield from ledger.glance(view))
+    except psycopg.errors.InsufficientPrivilege as error:
+        yield Note(f"The record cannot be read, and is not needed for this: {error.diag.message_primary}.")
+        return None
 
 
 def _unknown(view: ResolvedName) -> DefinitionRecord:
@@ -267,9 +290,8 @@ def _unknown(view: ResolvedName) -> DefinitionRecord:
 _WOULD = {"created": "created", "updated": "updated", "deleted": "dropped"}
 
 
-def _tell_rehearsal(response: ServiceResponse, report: Report) -> Work[None]:
+def _tell_rehearsal(response: ServiceResponse) -> Work[None]:
     facts = response.response
-    facts["then"] = [command.text for _, command in report.follow_up]
     if response.status == "skipped" or response.status is None:
         yield Note(f"Dry run: nothing would be done ({facts.get('reason', 'nothing to do')}).")
         return
@@ -281,7 +303,8 @@ def _tell_rehearsal(response: ServiceResponse, report: Report) -> Work[None]:
     for statement, lock in zip(facts["sql"], facts["locks"], strict=True):
         yield Note(f"  [lock: {lock}] {statement};")
     for statement in facts["then"]:
-        yield Note(f"  [after COMMIT] {statement};")
+        # VACUUM and ANALYZE take the same one (https://www.postgresql.org/docs/current/explicit-locking.html).
+        yield Note(f"  [after COMMIT, lock: {Lock.SHARE_UPDATE_EXCLUSIVE}] {statement};")
 
 
 def _set_deadline(terms: Terms, begun: float) -> Work[None]:
@@ -400,24 +423,33 @@ def _in_force(record: DefinitionRecord, subject: Subject) -> DefinitionRecord:
 def _stand_back(
     operation: Operation,
     view: ResolvedName,
+    former: ResolvedName | None,
     known: DefinitionRecord | None,
     ledger: Ledger,
     terms: Terms,
     report: Report,
     begun: float,
 ) -> Work[ServiceResponse]:
-    record = yield from ledger.adopt(view, known, None)
     reason = "another operation on the view is running"
     report.told(reason=reason, locked=True)
     duration = _milliseconds(begun)
     status = "skipped" if terms.if_locked is IfLocked.SKIP else None
-    run_id = yield from ledger.skip(record.id, operation, duration, _meta(report, terms, status))
+    meta = _meta(report, terms, status)
+    try:
+        record = yield from ledger.adopt(view, known, None)
+        run_id = yield from ledger.skip(record.id, operation, duration, meta)
+    except psycopg.errors.ForeignKeyViolation:
+        # The other one has just given its runs to the row of a view that now has this name.
+        record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
+        run_id = yield from ledger.skip(record.id, operation, duration, meta)
     if status is not None:
         yield Note(f"Skipped: {reason}.")
         yield from _roll_back()
         return replace(report.end("skipped"), run_id=run_id, duration_ms=duration)
     error = ViewLocked(
-        f"{view.display} is being worked on by another operation"
+        view.display
+        + (f" (renamed from {former.display})" if former else "")
+        + " is being worked on by another operation"
         + (f", for longer than max_wait={terms.patience.max_wait:g} s." if terms.if_locked is IfLocked.WAIT else "."),
         hint="see hook.runs() for the one that is running; if_locked='wait' waits for it, 'skip' lets it be.",
     )
@@ -436,18 +468,9 @@ def _carry_out(
 ) -> Work[ServiceResponse]:
     response: ServiceResponse | None = None
 
-    def attempt() -> Work[ServiceResponse]:
-        prepared.report.restart()
-        # Inside the savepoint: what is undone for another attempt is set again.
-        settings = {**prepared.record.session_settings, **terms.session_settings}
-        if terms.timeouts.statement_timeout is not None:
-            settings.pop("statement_timeout", None)
-        yield from apply_settings(settings)
-        return (yield from service(prepared))
-
     try:
         # The savepoint inside keeps the view's lock through an error, until that error is on record.
-        response = yield from politely(prepared.view, prepared.patience, attempt)
+        response = yield from politely(prepared.origin, prepared.patience, lambda: _attempt(service, prepared, terms))
         status = RunStatus.SKIPPED if response.status == "skipped" else RunStatus.SUCCESS
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
@@ -472,6 +495,18 @@ def _carry_out(
     yield Note(_story(response, time.monotonic() - begun))
     yield from _follow_up(prepared, terms)
     return replace(response, run_id=run_id, duration_ms=duration)
+
+
+def _attempt(
+    service: Callable[[Prepared], Work[ServiceResponse]], prepared: Prepared, terms: Terms
+) -> Work[ServiceResponse]:
+    prepared.report.restart()
+    # Inside the savepoint: what is undone for another attempt is set again.
+    settings = {**prepared.record.session_settings, **terms.session_settings}
+    if terms.timeouts.statement_timeout is not None:
+        settings.pop("statement_timeout", None)
+    yield from apply_settings(settings)
+    return (yield from service(prepared))
 
 
 def _follow_up(prepared: Prepared, terms: Terms) -> Work[None]:

@@ -1,0 +1,500 @@
+"""A definition against the database: what a plan says, and that applying it leaves nothing to do."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import HealthCheck, event, given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+
+from airflow_provider_matviews.definition import (
+    Column,
+    ExtendedStatistics,
+    Index,
+    IndexKey,
+    MatViewDefinition,
+)
+from airflow_provider_matviews.exceptions import (
+    DependentsExist,
+    DriftFound,
+    InvalidDefinition,
+    MissingPrivilege,
+)
+from airflow_provider_matviews.services.plan_steps import Plan, plan_of
+from tests.conftest import Database, hook_on
+
+SOURCE = """
+CREATE TABLE source (id integer, name varchar(40), amount numeric(12, 2), day date, tags integer[]);
+INSERT INTO source SELECT n, 'name ' || n, n * 1.5, date '2026-01-01' + n, ARRAY[n, n + 1]
+FROM generate_series(1, 50) n
+"""
+
+#: Names of columns -> expressions that they can stand for, of several types.
+_EXPRESSIONS: dict[str, list[str]] = {
+    "id": ["id", "id + 1", "id::bigint"],
+    "name": ["name", "upper(name)", "left(name, 3)::varchar(10)"],
+    "Amount €": ["amount", "round(amount)", "amount::double precision"],
+    "day": ["day", "day + 1", "date_trunc('month', day)"],
+    "tags": ["tags", "array_append(tags, 0)"],
+}
+_SOURCES = [
+    "FROM source",
+    "FROM source WHERE name IN ('name 1', 'name 2') OR id > 10",
+    "FROM (SELECT * FROM source ORDER BY id LIMIT 20) AS source",
+]
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[dict[str, str], str]:
+    """Columns with their expressions, and what they are of."""
+    names = draw(st.lists(st.sampled_from(list(_EXPRESSIONS)), min_size=2, unique=True))
+    return {name: draw(st.sampled_from(_EXPRESSIONS[name])) for name in names}, draw(st.sampled_from(_SOURCES))
+
+
+@st.composite
+def definitions(draw: st.DrawFn, roles: Sequence[str], shape: tuple[dict[str, str], str]) -> MatViewDefinition:
+    expressions, source = shape
+    # At times a column only has another name.
+    called = {name: draw(st.sampled_from([name, name, name, f"{name} too"])) for name in expressions}
+    columns = list(called.values())
+    quoted = ", ".join(
+        f"{expression} AS {sql.Identifier(called[name]).as_string(None)}" for name, expression in expressions.items()
+    )
+    some = st.lists(st.sampled_from(columns), min_size=1, max_size=2, unique=True)
+    plain = [column for column in columns if not column.startswith("tags")]
+    indexes = []
+    for number in range(draw(st.integers(0, 2))):
+        keys: list[str | IndexKey] = []
+        for column in draw(some):
+            identifier = sql.Identifier(column).as_string(None)
+            keys.append(
+                draw(
+                    st.sampled_from(
+                        [
+                            column,
+                            IndexKey(column=column, order="desc"),
+                            IndexKey(
+                                expression=f"{identifier} IS NOT NULL", statistics=draw(st.sampled_from([None, 20]))
+                            ),
+                        ]
+                    )
+                )
+            )
+        first = sql.Identifier(columns[0]).as_string(None)
+        indexes.append(
+            Index(
+                columns=keys,
+                name=draw(st.sampled_from([None, f"index {number}", f"other {number}"])),
+                where=draw(st.sampled_from([None, f"{first} IS NOT NULL"])),
+                include=[columns[0]] if draw(st.booleans()) else [],
+                storage_parameters=draw(st.sampled_from([{}, {"fillfactor": 70}, {"deduplicate_items": False}])),
+                comment=draw(st.sampled_from([None, "an index", "the index"])),
+                clustered=False,
+            )
+        )
+    taken: set[str] = set()
+    kept = []
+    for index in indexes:
+        if index.name_on("mv") not in taken:
+            taken.add(index.name_on("mv"))
+            kept.append(index)
+    privileges = st.lists(
+        st.sampled_from(["SELECT", "SELECT WITH GRANT OPTION", "INSERT", "REFERENCES"]),
+        min_size=1,
+        max_size=2,
+        unique=True,
+    ).map(lambda each: each if len({one.split()[0] for one in each}) == len(each) else each[:1])
+    grants: dict[str, Any] = draw(st.dictionaries(st.sampled_from([*roles, "public"]), privileges, max_size=2))
+    if "public" in grants:
+        grants["public"] = ["SELECT"]
+    return MatViewDefinition(
+        name="mv",
+        sql=f"SELECT {quoted} {source}",
+        unique_index_columns=[columns[0]]
+        if draw(st.booleans()) and columns[0].startswith("id") and "mv_id_key" not in taken
+        else [],
+        indexes=kept,
+        comment=draw(st.sampled_from([None, "one", "another's"])),
+        grants=grants,
+        storage_parameters=draw(
+            st.sampled_from([{}, {"fillfactor": 80}, {"autovacuum_enabled": False, "toast.autovacuum_enabled": True}])
+        ),
+        columns=[
+            Column(
+                name=column,
+                comment=draw(st.sampled_from([None, "a column"])),
+                statistics=draw(st.sampled_from([None, 50])),
+                options=draw(st.sampled_from([{}, {"n_distinct": -0.5}])),
+                grants=draw(st.sampled_from([{}, {roles[0]: ["SELECT"]}])),
+            )
+            for column in draw(st.lists(st.sampled_from(columns), max_size=2, unique=True))
+        ],
+        statistics=[ExtendedStatistics(name=draw(st.sampled_from(["stats", '"Other Stats"'])), columns=plain[:2])]
+        if len(plain) > 1 and draw(st.booleans())
+        else [],
+        owner=draw(st.sampled_from([None, None, roles[1]])),
+        replica_identity=draw(st.sampled_from([None, None, "full", "nothing"])),
+        exclusive=draw(st.booleans()),
+    )
+
+
+@st.composite
+def changes(draw: st.DrawFn, roles: Sequence[str]) -> tuple[MatViewDefinition, MatViewDefinition]:
+    """A definition, and another one of the same view; two times in three of the same query."""
+    shape = draw(shapes())
+    other = draw(st.sampled_from([shape, shape, None])) or draw(shapes())
+    return draw(definitions(roles, shape)), draw(definitions(roles, other))
+
+
+def test_after_any_definition_was_applied_over_any_other_nothing_is_left_to_do(db: Database) -> None:
+    hook, roles = hook_on(db), [db.role(), db.role()]
+    db.execute(SOURCE)
+    db.execute(
+        sql.SQL("GRANT SELECT ON source TO {0}; GRANT USAGE, CREATE ON SCHEMA public TO {0}")  # type: ignore[arg-type]
+        .format(sql.Identifier(roles[1]))
+        .as_string(None)
+    )
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(changes(roles))
+    def check(change: tuple[MatViewDefinition, MatViewDefinition]) -> None:
+        first, second = change
+        db.execute("DROP MATERIALIZED VIEW IF EXISTS mv")
+        assert hook.create(first).status == "created"
+        assert hook.plan(first).steps == ()
+        plan = hook.plan(second)
+        oid = db.value("SELECT 'mv'::regclass::oid")
+        done = hook.create(second)
+        event("rebuilt" if plan.rebuilds else "in place" if plan.steps else "nothing to do")
+        assert done.status == ("skipped" if plan.empty else "updated")
+        # A view that stands goes on with its OID unless the plan says that it is built anew.
+        assert (db.value("SELECT 'mv'::regclass::oid") == oid) is not plan.rebuilds
+        again = hook.plan(second)
+        assert again.steps == (), f"{again}\n--- after\n{plan}"
+        assert hook.create(second).status == "skipped"
+        rows = db.rows(f"SELECT * FROM mv EXCEPT ALL ({second.sql})")  # type: ignore[arg-type]
+        assert rows == []
+
+    check()
+
+
+def _base(**changes: Any) -> MatViewDefinition:
+    declared: dict[str, Any] = {
+        "name": "mv",
+        "sql": "SELECT id, name, amount FROM source",
+        "unique_index_columns": ["id"],
+        "indexes": [Index(columns=["name"], name="by_name", comment="For searching.")],
+        "comment": "Ours.",
+        "storage_parameters": {"fillfactor": 90},
+        "columns": [Column(name="amount", comment="In euro.", statistics=200)],
+        "statistics": [ExtendedStatistics(name="stats", columns=["id", "name"])],
+    }
+    return MatViewDefinition(**{**declared, **changes})
+
+
+#: What is done to the view by hand, or declared anew -> the steps that mend it. None of them touches a row.
+_IN_PLACE: list[tuple[str | dict[str, Any], list[str]]] = [
+    ("DROP INDEX mv_id_key", ["build index"]),
+    ("ALTER INDEX mv_id_key RENAME TO other", []),
+    ("ALTER INDEX by_name RENAME TO other", ["rename index"]),
+    ("DROP INDEX by_name; CREATE INDEX by_name ON mv (amount)", ["change index"]),
+    ("COMMENT ON INDEX by_name IS NULL", ["alter index"]),
+    ("ALTER INDEX by_name SET (fillfactor = 50)", []),
+    ("COMMENT ON MATERIALIZED VIEW mv IS 'by hand'", ["comment"]),
+    ("ALTER MATERIALIZED VIEW mv RESET (fillfactor)", ["storage parameters"]),
+    ("ALTER MATERIALIZED VIEW mv SET (autovacuum_enabled = off)", []),
+    ("COMMENT ON COLUMN mv.amount IS NULL", ["column settings"]),
+    ("ALTER MATERIALIZED VIEW mv ALTER amount SET STATISTICS -1", ["column settings"]),
+    ("DROP STATISTICS stats", ["create statistics"]),
+    ("DROP STATISTICS stats; CREATE STATISTICS stats (mcv) ON id, name FROM mv", ["change statistics"]),
+    ("ALTER MATERIALIZED VIEW mv RENAME amount TO price", ["rename column"]),
+    ({"sql": "SELECT id, name, amount AS price FROM source", "columns": []}, ["rename column"]),
+    ({"sql": "select source.id,\n NAME /* the same */, amount from ONLY source -- in other words"}, ["change query"]),
+    ({"sql": "select source.id,\n NAME /* the same */, amount from public.source -- in other words;\n;"}, []),
+    ({"storage_parameters": {"fillfactor": "90.0"}}, []),
+    ({"indexes": [Index(columns=["name"]), Index(columns=[IndexKey(expression="lower(name)")])]}, ["build index"]),
+    ({"grants": {"public": ["select"]}}, ["grant"]),
+    ({"replica_identity": "full"}, ["replica identity"]),
+    ({"indexes": [Index(columns=["name"], name="by_name", clustered=True)]}, ["alter index"]),
+    ({"comment": None, "storage_parameters": {}, "columns": [], "statistics": [], "indexes": []}, []),
+    (
+        {"comment": None, "storage_parameters": {}, "columns": [], "statistics": [], "indexes": [], "exclusive": True},
+        ["storage parameters", "column settings", "comment", "drop index", "drop statistics"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "kinds"), _IN_PLACE, ids=[str(change)[:60] for change, _ in _IN_PLACE])
+def test_what_differs_is_told_step_by_step_and_mended(
+    db: Database, change: str | dict[str, Any], kinds: list[str]
+) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE)
+    hook.create(_base())
+    wanted = _base()
+    if isinstance(change, str):
+        db.execute(change)  # type: ignore[arg-type]
+    else:
+        wanted = _base(**change)
+    rows = "SELECT relfilenode FROM pg_class WHERE oid = 'mv'::regclass"
+    before = db.value(rows)
+    plan = hook.plan(wanted)
+    assert [step.kind for step in plan.steps] == kinds
+    assert plan.refusals == ()
+    assert all(step.why and step.subject and step.cost for step in plan.steps)
+    done = hook.create(wanted)
+    assert done.status == ("updated" if kinds else "skipped")
+    # The plan is what was done, and all of it is in the one run.
+    if not plan.rebuilds:
+        assert (db.value(rows) == before) is True
+        executed = [text for text in done.response["sql"] if not re.match("ALTER MATERIALIZED VIEW .* OWNER TO", text)]
+        assert [_without_tokens(text) for text in executed] == [_without_tokens(text) for text in plan.sql]
+    run = hook.last_run("mv")
+    assert run is not None
+    assert run.id == done.run_id
+    assert [step["kind"] for step in run.meta["response"]["plan"]["steps"]] == kinds
+    assert run.meta["response"]["drift"] is bool(kinds)
+    assert hook.plan(wanted).steps == ()
+    assert hook.create(wanted).status == "skipped"
+
+
+def _without_tokens(text: str) -> str:
+    return re.sub(r"_mv_[0-9a-f]{8}", "_mv_", text)
+
+
+def test_what_the_definition_does_not_mention_is_told_and_left_alone(db: Database) -> None:
+    hook, reader = hook_on(db), db.role()
+    db.execute(SOURCE)
+    definition = MatViewDefinition(name="mv", sql="SELECT id, name FROM source")
+    hook.create(definition)
+    with db.connect() as connection:
+        connection.execute(
+            sql.SQL(
+                "CREATE INDEX by_hand ON mv (name); GRANT SELECT ON mv TO {}; COMMENT ON COLUMN mv.id IS 'by hand'"
+            ).format(sql.Identifier(reader))
+        )
+    plan = hook.plan(definition)
+    assert plan.steps == ()
+    assert plan.left_alone == ("settings of column id", "index by_hand", f"privilege SELECT to {reader}")
+    assert "Left alone" in str(plan)
+    assert hook.create(definition).status == "skipped"
+    plan = hook.plan(definition, exclusive=True)
+    assert [step.kind for step in plan.steps] == ["column settings", "drop index", "revoke"]
+    assert plan.left_alone == ()
+    assert hook.create(definition, exclusive=True).status == "updated"
+    assert hook.plan(definition).left_alone == ()
+    assert not db.value("SELECT has_table_privilege(%s, 'mv', 'SELECT')", (reader,))
+
+
+def test_a_plan_is_plain_data_and_text_for_a_person(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE)
+    hook.create(_base())
+    db.execute("CREATE VIEW over AS SELECT id FROM mv")
+    plan = hook.plan(_base(sql="SELECT id, name, amount, day FROM source WHERE id > 3"))
+    assert [step.kind for step in plan.steps] == ["change query", "add column"]
+    data = json.loads(json.dumps(plan.as_dict()))
+    assert data == plan.as_dict()
+    assert plan_of(data).as_dict() == data
+    text = str(plan)
+    assert "Plan for mv: 2 steps." in text
+    assert "+   FROM public.source" in text.replace("+  FROM", "+   FROM")
+    assert "+  WHERE (id > 3);" in text
+    assert 'REFRESH MATERIALIZED VIEW "public"."mv_mv_' in text
+    assert "CREATE OR REPLACE VIEW public.over" in text
+    assert hook.plan(_base()).lines()[0] == "mv is what its definition says."
+
+
+def test_a_plan_for_a_view_that_does_not_stand_tells_how_it_is_made(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE)
+    plan = hook.plan(_base())
+    assert (plan.stands, plan.steps[0].kind) == (False, "create view")
+    assert {step.kind for step in plan.steps} == {
+        "create view",
+        "build index",
+        "create statistics",
+        "comment",
+        "column settings",
+    }
+    assert db.value("SELECT to_regclass('mv')") is None
+    assert db.value("SELECT to_regnamespace('matviews')") is None
+
+
+def test_planning_runs_no_query_and_changes_nothing(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE, "CREATE SEQUENCE ticks")
+    slow = "SELECT nextval('ticks') AS id, pg_sleep(3600)::text AS name, 1.0 AS amount"
+    hook.create(_base())
+    before = db.rows("SELECT oid, relname, xmin::text FROM pg_class ORDER BY oid")
+    plan = hook.plan(_base(sql=slow))
+    assert plan.rebuilds
+    assert hook.plan(MatViewDefinition(name="new", sql=slow)).stands is False
+    assert db.value("SELECT is_called FROM ticks") is False
+    assert db.rows("SELECT oid, relname, xmin::text FROM pg_class ORDER BY oid") == before
+    assert [run.operation for run in hook.runs()] == ["create"]
+
+
+@pytest.mark.parametrize("strategy", ["apply", "fail", "report", "ignore"])
+def test_drift_is_met_as_asked(db: Database, strategy: str) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE)
+    hook.create(_base())
+    changed = _base(sql="SELECT id, name, amount FROM source WHERE id < 10", comment="Fewer.")
+    oid = db.value("SELECT 'mv'::regclass::oid")
+    if strategy == "fail":
+        with pytest.raises(DriftFound, match="mv is not what its definition says: change query, comment") as raised:
+            hook.create(changed, on_drift=strategy)
+        assert isinstance(raised.value.plan, Plan)
+        assert hook.runs("mv")[0].status == "failed"
+    else:
+        done = hook.create(changed, on_drift=strategy)
+        assert (done.status, done.response["drift"]) == {
+            "apply": ("updated", True),
+            "report": ("skipped", True),
+            "ignore": ("skipped", None),
+        }[strategy]
+        assert ("plan" in done.response) is (strategy != "ignore")
+    assert (db.value("SELECT 'mv'::regclass::oid") == oid) is (strategy != "apply")
+    assert db.value("SELECT count(*) FROM mv") == (9 if strategy == "apply" else 50)
+
+
+def test_a_column_that_something_reads_is_not_taken_away(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute(
+        SOURCE,
+        "CREATE VIEW plain AS SELECT id FROM source",
+    )
+    hook.create(_base())
+    each_db.execute(
+        "CREATE VIEW names AS SELECT upper(name) AS n FROM mv",
+        'CREATE VIEW "Dear Sums" AS SELECT sum(amount) FROM mv WHERE name IS NOT NULL',
+        "CREATE VIEW counts AS SELECT count(*) FROM mv",
+    )
+    smaller = _base(sql="SELECT id, amount FROM source", indexes=[], statistics=[])
+    plan = hook.plan(smaller)
+    assert plan.refusals == ('mv would lose the column name, which view "Dear Sums", view names use.',)
+    with pytest.raises(DependentsExist, match="mv would lose the column name") as raised:
+        hook.create(smaller)
+    assert raised.value.dependents == ('view "Dear Sums"', "view names")
+    assert each_db.value("SELECT count(*) FROM names") == 50
+    assert hook.plan(_base()).steps == ()
+    each_db.execute('DROP VIEW names, "Dear Sums"')
+    plan = hook.plan(smaller)
+    # An index of the view's own goes with its column, and the plan says so.
+    assert [(step.kind, step.subject) for step in plan.steps] == [
+        ("change query", "the query"),
+        ("drop column", "column name"),
+        ("drop index", "index by_name"),
+        ("drop statistics", "statistics public.stats"),
+    ]
+    assert plan.steps[2].why == "it reads the column name, which goes"
+    assert hook.create(smaller).status == "updated"
+    assert each_db.rows("TABLE counts") == [(50,)]
+    assert hook.plan(smaller).steps == ()
+
+
+def test_what_does_not_take_to_a_changed_type_is_found_before_the_query_runs(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE, "CREATE SEQUENCE ticks")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT id, name FROM source"))
+    db.execute("CREATE VIEW over AS SELECT id FROM mv", "CREATE VIEW texts AS SELECT id::text AS id FROM mv")
+    changed = MatViewDefinition(name="mv", sql="SELECT nextval('ticks') AS id, name FROM source")
+    plan = hook.plan(changed)
+    assert plan.notes == (
+        "the column id changes its type, and view over, view texts use it: whether it takes to that is tried "
+        "before anything is built",
+    )
+    with pytest.raises(DependentsExist, match="cannot change data type of view column"):
+        hook.create(changed)
+    assert db.value("SELECT is_called FROM ticks") is False
+    assert db.value("SELECT count(*) FROM over") == 50
+    db.execute("DROP VIEW over")
+    assert hook.create(changed).status == "updated"
+    assert sorted(db.rows("TABLE texts"))[:1] == [("1",)]
+
+
+def test_a_role_that_may_make_nothing_in_the_schema_can_plan_by_temporary_objects(each_db: Database) -> None:
+    hook, reader = hook_on(each_db), each_db.role()
+    each_db.execute(SOURCE, "REVOKE CREATE ON SCHEMA public FROM PUBLIC", "GRANT SELECT ON source TO PUBLIC")
+    hook.create(_base())
+    theirs = hook_on(each_db, reader)
+    assert theirs.plan(_base()).steps == ()
+    plan = theirs.plan(_base(sql="SELECT id, name, amount, day FROM source", comment=None))
+    assert [step.kind for step in plan.steps] == ["change query", "add column"]
+    assert "may not replace or alter mv" in plan.refusals[0]
+    with pytest.raises(MissingPrivilege, match="lacks CREATE or USAGE on the schema public"):
+        theirs.plan(MatViewDefinition(name="new", sql="SELECT 1 AS a"))
+    with each_db.connect() as connection:
+        connection.execute(sql.SQL("REVOKE TEMP ON DATABASE {} FROM PUBLIC").format(sql.Identifier(each_db.name)))
+    with pytest.raises(MissingPrivilege):
+        theirs.plan(_base())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "explanation"),
+    [
+        ({"sql": "SELECT 1; DROP TABLE source"}, InvalidDefinition, "cannot be a materialized view"),
+        ({"sql": "SELECT nonsense FROM source"}, psycopg.errors.UndefinedColumn, "nonsense"),
+        ({"columns": [Column(name="Amount")]}, InvalidDefinition, "no column 'Amount', which its definition names"),
+        ({"indexes": [Index(columns=["nam"])]}, InvalidDefinition, "no column 'nam', which its index mv_nam_idx"),
+        (
+            {"statistics": [ExtendedStatistics(name="s", columns=["id", "nam"])]},
+            InvalidDefinition,
+            "no column 'nam', which its statistics s names",
+        ),
+        ({"indexes": [Index(columns=[IndexKey(expression="now()")])]}, psycopg.errors.InvalidObjectDefinition, "IMMUT"),
+        ({"storage_parameters": {"fillfactor": 5}}, psycopg.errors.InvalidParameterValue, "fillfactor"),
+        ({"tablespace": "nowhere"}, psycopg.errors.UndefinedObject, "nowhere"),
+        ({"access_method": "nothing"}, psycopg.errors.UndefinedObject, "nothing"),
+    ],
+)
+def test_a_definition_that_can_never_be_is_refused_as_create_refuses_it(
+    db: Database, changes: dict[str, Any], error: type[Exception], explanation: str
+) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE)
+    for standing in (False, True):
+        if standing:
+            hook.create(_base())
+        with pytest.raises(error, match=explanation):
+            hook.plan(_base(**changes))
+        with pytest.raises(error, match=explanation):
+            hook.create(_base(**changes))
+
+
+def test_an_index_name_that_is_taken_is_told_before_anything_is_built(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(SOURCE, "CREATE TABLE by_day (a int)", "CREATE SEQUENCE ticks")
+    hook.create(_base())
+    changed = _base(
+        sql="SELECT id, name, amount, day, nextval('ticks') AS t FROM source",
+        indexes=[Index(columns=["day"], name="by_day")],
+    )
+    with pytest.raises(InvalidDefinition, match="by_day of mv cannot be made: something else"):
+        hook.create(changed)
+    assert db.value("SELECT is_called FROM ticks") is False
+
+
+def test_settings_of_the_session_make_no_drift(db: Database) -> None:
+    db.execute(
+        SOURCE,
+        "CREATE SCHEMA other",
+        "CREATE TABLE other.source (id integer, name varchar(40), amount numeric, day date, tags integer[])",
+    )
+    text = "SELECT id, 0.1::float8 AS f, date '2026-02-03' AS d, name FROM source WHERE name IN ('a', 'b') OR id > 0"
+    plain = hook_on(db)
+    definition = MatViewDefinition(name="public.mv", sql=text, unique_index_columns=["id"])
+    plain.create(definition)
+    options = "-c search_path=public,other -c extra_float_digits=0 -c datestyle=german -c quote_all_identifiers=on"
+    odd = hook_on(db, extra=json.dumps({"options": options}))
+    assert odd.plan(definition).steps == ()
+    # Another search path makes it another query, as it would on its creation.
+    away = hook_on(db, extra=json.dumps({"options": "-c search_path=other"}))
+    assert [step.kind for step in away.plan(definition).steps] == ["change query", "change column"][:1]
