@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, LiteralString
@@ -60,6 +60,10 @@ _WORLD: tuple[LiteralString, ...] = (
     CREATE FUNCTION traced() RETURNS integer LANGUAGE plpgsql AS
     $$BEGIN INSERT INTO public.trace VALUES ('ran'); RETURN nextval('public.ticks'); END$$
     """,
+    "GRANT SELECT ON t TO pg_monitor",
+    "GRANT INSERT ON trace TO pg_monitor",
+    "GRANT USAGE ON SEQUENCE ticks TO pg_monitor",
+    "GRANT CREATE ON SCHEMA public TO pg_monitor",
 )
 _STANDING: tuple[LiteralString, ...] = (
     *_WORLD,
@@ -250,7 +254,7 @@ def test_nothing_is_recorded_where_there_is_a_record(db: Database) -> None:
     db.execute("CREATE MATERIALIZED VIEW other AS SELECT 1 AS a")
     with nothing_changes(db):
         hook.create(_CHANGED, dry_run=True)
-        hook.create(replace(_CHANGED, name="new"), dry_run=True)
+        hook.create(replace(_CHANGED, name="new", indexes=()), dry_run=True)
         hook.refresh("mv", dry_run=True)
         hook.refresh("other", dry_run=True)
         hook.delete("mv", cascade=True, dry_run=True)
@@ -318,6 +322,374 @@ def _told_locks(locks: list[str]) -> list[dict[str, int]]:
     told = []
     for text in locks:
         mode, _, on = text.partition(" on ")
-        whats = on.split(", ") if on else ["mv"]
+        # A policy locks the table that it is on.
+        whats = [what.rpartition(" on ")[2].replace("public.", "") for what in (on or "mv").split(", ")]
         told.append({"materialized view mv" if what == "mv" else what: _STRENGTH.index(mode) for what in whats})
     return told
+
+
+def test_what_the_definition_declares_decides_as_it_would(db: Database) -> None:
+    """How a view is refreshed, its settings, and whether it is ours to drop."""
+    db.execute(*_STANDING)
+    hook = hook_on(db)
+    hook.create(replace(_AS_IT_STANDS, refresh_strategy="regular", session_settings={"work_mem": "1MB"}))
+    assert hook.refresh("mv", dry_run=True).response["sql"] == ['REFRESH MATERIALIZED VIEW "public"."mv"']
+    assert hook.refresh("mv", refresh_strategy="concurrent", dry_run=True).response["strategy"] == "concurrent"
+    assert hook.delete("mv", cascade=True, dry_run=True).status == "deleted"
+    db.execute(
+        "UPDATE matviews.mat_view_definitions "
+        "SET declaration = jsonb_set(declaration, '{session_settings,work_mem}', '\"1 parsec\"')"
+    )
+    for dry_run in (True, False):
+        with pytest.raises(InvalidDefinition, match="1 parsec"):
+            hook.refresh("mv", dry_run=dry_run)
+
+
+def test_history_decides_as_it_would(db: Database) -> None:
+    """`auto` rebuilds where concurrent refreshes took much longer, which is known from their runs."""
+    db.execute(*_STANDING)
+    hook = hook_on(db)
+    hook.refresh("mv", refresh_strategy="swap")
+    assert hook.refresh("mv").response["strategy"] == "concurrent"
+    db.execute("UPDATE matviews.mat_view_runs SET duration_ms = 1000000 WHERE meta->>'strategy' = 'concurrent'")
+    dry, real = hook.refresh("mv", dry_run=True), hook.refresh("mv")
+    assert dry.response["strategy"] == real.response["strategy"] == "swap"
+    assert "a concurrent refresh of it took" in real.response["reason"]
+    assert dry.response["reason"] == real.response["reason"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Something that is refused, and how.
+
+    :ivar arguments: of the hook's method.
+    :ivar role: whether it is done by a role without rights.
+    """
+
+    name: str
+    error: type[Exception]
+    operation: str
+    subject: str | MatViewDefinition
+    arguments: dict[str, Any]
+    standing: tuple[LiteralString, ...] = ()
+    role: bool = False
+    options: str = ""
+
+
+_ONE = MatViewDefinition(name="new", sql="SELECT 1 AS a")
+REFUSALS = [
+    Refusal("absent", ViewNotFound, "refresh", "absent", {}),
+    Refusal("a table", NotAMaterializedView, "refresh", "t", {}),
+    Refusal("a table to drop", NotAMaterializedView, "delete", "t", {}),
+    Refusal("a table to create", NotAMaterializedView, "create", replace(_ONE, name="t"), {}),
+    Refusal("dependents", DependentsExist, "delete", "mv", {"force": True}),
+    Refusal("not ours", ViewNotManaged, "delete", "mv", {"cascade": True}),
+    Refusal("not managed", ViewNotManaged, "create", replace(_ONE, managed=False), {}),
+    Refusal(
+        "no index",
+        ConcurrentRefreshRefused,
+        "refresh",
+        "mv",
+        {"refresh_strategy": "concurrent"},
+        ("DROP INDEX mv_id_key",),
+    ),
+    Refusal(
+        "on top, swap",
+        StrategyRefused,
+        "refresh",
+        "mv",
+        {"refresh_strategy": "swap"},
+        ("CREATE MATERIALIZED VIEW on_top AS TABLE mv",),
+    ),
+    Refusal("on top, changed", DependentsExist, "create", _CHANGED, {}, ("CREATE MATERIALIZED VIEW m AS TABLE mv",)),
+    Refusal("column in use", DependentsExist, "create", replace(_AS_IT_STANDS, sql="SELECT id FROM t"), {}),
+    Refusal("drift", DriftFound, "create", _DRIFTED, {"on_drift": "fail"}),
+    Refusal("two queries", InvalidDefinition, "create", replace(_ONE, sql="SELECT 1 AS a; SELECT 2"), {}),
+    Refusal("no such column", InvalidDefinition, "create", replace(_ONE, unique_index_columns=["b"]), {}),
+    Refusal("no such schema", InvalidDefinition, "create", replace(_ONE, name="absent.new"), {}),
+    Refusal(
+        "taken name", InvalidDefinition, "create", replace(_CHANGED, indexes=[Index(columns=["id"], name="t")]), {}
+    ),
+    Refusal("a bad argument", InvalidDefinition, "refresh", "mv", {"refresh_strategy": "fast"}),
+    Refusal("no such table", psycopg.errors.UndefinedTable, "create", replace(_ONE, sql="TABLE absent"), {}),
+    Refusal("no such role", psycopg.errors.UndefinedObject, "create", replace(_ONE, grants={"absent": ["SELECT"]}), {}),
+    Refusal("no such tablespace", psycopg.errors.UndefinedObject, "create", replace(_ONE, tablespace="absent"), {}),
+    Refusal(
+        "taken index",
+        psycopg.errors.DuplicateTable,
+        "create",
+        replace(_ONE, indexes=[Index(columns=["a"], name="t")]),
+        {},
+    ),
+    Refusal("may not create", MissingPrivilege, "create", _ONE, {}, role=True),
+    Refusal("may not refresh", MissingPrivilege, "refresh", "mv", {}, role=True),
+    Refusal("may not drop", MissingPrivilege, "delete", "mv", {"force": True, "cascade": True}, role=True),
+    Refusal("may not alter", MissingPrivilege, "create", _DRIFTED, {}, role=True),
+    Refusal("read-only", UnsupportedServer, "refresh", "mv", {}, options="-c default_transaction_read_only=on"),
+]
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
+def test_what_would_be_refused_is_refused_in_the_same_words(db: Database, refusal: Refusal) -> None:
+    db.execute(*_STANDING, *refusal.standing)
+    extra = json.dumps({"options": refusal.options}) if refusal.options else None
+    hook_on(db).definitions()
+    role = db.role() if refusal.role else "postgres"
+    with db.connect() as connection:
+        connection.execute(f"GRANT USAGE ON SCHEMA matviews TO {role}".encode())
+        connection.execute(f"GRANT ALL ON ALL TABLES IN SCHEMA matviews TO {role}".encode())
+    hook = hook_on(db, user=role, extra=extra)
+
+    def refused(**arguments: Any) -> Exception:
+        with pytest.raises(refusal.error) as raised:
+            getattr(hook, refusal.operation)(refusal.subject, **refusal.arguments, **arguments)
+        return raised.value
+
+    with nothing_changes(db):
+        dry = refused(dry_run=True)
+    real = refused()
+    assert type(dry) is type(real)
+    assert _alike([str(dry)]) == _alike([str(real)])
+    assert getattr(dry, "hint", None) == getattr(real, "hint", None)
+    assert getattr(dry, "__notes__", []) == getattr(real, "__notes__", [])
+    if isinstance(dry, DependentsExist) and isinstance(real, DependentsExist):
+        assert dry.dependents == real.dependents
+
+
+def test_who_may_only_read_the_record_can_rehearse(db: Database) -> None:
+    db.execute(*_STANDING)
+    hook_on(db).create(replace(_AS_IT_STANDS, refresh_strategy="regular"))
+    role = db.role()
+    with db.connect() as connection:
+        for statement in (
+            "ALTER MATERIALIZED VIEW mv OWNER TO {}",
+            "GRANT CREATE ON SCHEMA public TO {}",
+            "GRANT SELECT ON t TO {}",
+            "GRANT USAGE ON SCHEMA matviews TO {}",
+            "GRANT SELECT ON ALL TABLES IN SCHEMA matviews TO {}",
+        ):
+            connection.execute(statement.format(role).encode())
+    hook = hook_on(db, user=role)
+    definition = replace(_AS_IT_STANDS, name="new")
+    with nothing_changes(db):
+        assert hook.refresh("mv", dry_run=True).response["strategy"] == "regular"
+        assert hook.create(definition, dry_run=True).status == "created"
+    with pytest.raises(MissingPrivilege, match="may not use the run tables"):
+        hook.refresh("mv")
+
+
+def test_who_may_not_read_the_record_can_rehearse_what_needs_none(
+    db: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db.execute(*_STANDING)
+    hook_on(db).create(replace(_AS_IT_STANDS, refresh_strategy="regular"))
+    role = db.role()
+    with db.connect() as connection:
+        connection.execute(f"GRANT CREATE ON SCHEMA public TO {role}; GRANT SELECT ON t TO {role}".encode())
+        connection.execute(f"ALTER MATERIALIZED VIEW mv OWNER TO {role}".encode())
+    hook = hook_on(db, user=role)
+    assert hook.create(replace(_AS_IT_STANDS, name="new"), dry_run=True).status == "created"
+    assert "The record cannot be read, and is not needed for this: permission denied" in capsys.readouterr().out
+    assert not hook.plan(replace(_AS_IT_STANDS, name="new")).empty
+    # What is declared of it cannot be known: how it would be refreshed is not guessed at.
+    with pytest.raises(MissingPrivilege, match="may not use the run tables"):
+        hook.refresh("mv", dry_run=True)
+
+
+def test_who_keeps_readers_off_is_waited_for_where_the_view_has_to_be_read(db: Database) -> None:
+    db.execute(
+        GATE,
+        "CREATE TABLE t AS SELECT 1 AS id",
+        "CREATE MATERIALIZED VIEW mv AS SELECT id, gate() FROM t",
+        "CREATE VIEW top AS TABLE mv",
+    )
+    hook = hook_on(db)
+    with (
+        gate_closed(db) as open_gate,
+        beside(lambda: hook_on(db).refresh("mv", refresh_strategy="regular", lock_timeout=60), open_gate) as refresh,
+    ):
+        until(db, AT_THE_GATE)
+        # A regular refresh keeps even readers off. What is told of it without reading it is told at once.
+        response = hook.refresh(
+            "mv", refresh_strategy="regular", row_count_strategy="exact", dry_run=True, **BRIEFLY
+        ).response
+        assert (response["sql"], response["row_count_before"]) == (['REFRESH MATERIALIZED VIEW "public"."mv"'], None)
+        assert hook.delete("mv", force=True, cascade=True, dry_run=True, **BRIEFLY).success
+        with pytest.raises(psycopg.errors.LockNotAvailable) as raised:
+            hook.refresh("mv", refresh_strategy="swap", dry_run=True, **BRIEFLY)
+        assert "others kept a lock on mv" in raised.value.__notes__[0]
+        with beside(lambda: hook.refresh("mv", refresh_strategy="swap", dry_run=True, lock_timeout=0.1)) as rehearsal:
+            until(db, "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'mv'::regclass AND NOT granted)")
+            until(db, "SELECT NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'mv'::regclass AND NOT granted)")
+            assert not rehearsal.done()
+            open_gate()
+            assert rehearsal.result().response["sql"][0].startswith("CREATE MATERIALIZED VIEW")
+        assert refresh.result().success
+
+
+def test_a_refusal_carries_what_was_told_so_far(db: Database) -> None:
+    db.execute(*_STANDING, "CREATE TABLE taken ()")
+    definition = replace(_ONE, grants={"absent": ["SELECT"]})
+    with pytest.raises(psycopg.errors.UndefinedObject) as raised:
+        hook_on(db).create(definition, dry_run=True)
+    response = raised.value.response  # type: ignore[attr-defined]
+    assert (response.status, response.run_id) == (None, None)
+    assert response.response["sql"][-1] == 'GRANT SELECT ON "public"."new" TO "absent"'
+    assert len(response.response["steps"]) == len(response.response["sql"]) == len(response.response["locks"])
+
+
+def test_the_log_tells_statement_by_statement_what_would_be_done(
+    db: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    db.execute(*_STANDING)
+    hook = hook_on(db)
+    response = hook.refresh("mv", refresh_strategy="regular", vacuum=True, dry_run=True)
+    assert _told(capsys) == [
+        "Strategy regular, as asked for.",
+        "Dry run: mv would be updated by 1 statement, in one transaction. Nothing was changed.",
+        '  [lock: ACCESS EXCLUSIVE] REFRESH MATERIALIZED VIEW "public"."mv";',
+        '  [after COMMIT, lock: SHARE UPDATE EXCLUSIVE] ANALYZE (SKIP_LOCKED) "public"."mv";',
+        '  [after COMMIT, lock: SHARE UPDATE EXCLUSIVE] VACUUM (SKIP_LOCKED) "public"."mv";',
+    ]
+    assert response.response["then"] == [
+        'ANALYZE (SKIP_LOCKED) "public"."mv"',
+        'VACUUM (SKIP_LOCKED) "public"."mv"',
+    ]
+    hook.delete("mv", cascade=True, force=True, dry_run=True)
+    assert _told(capsys) == [
+        "With mv go 3 more: policy known on table secured, view top, view topmost.",
+        "Dry run: mv would be dropped by 1 statement, in one transaction. Nothing was changed.",
+        "  [lock: ACCESS EXCLUSIVE on mv, policy known on table secured, view top, view topmost] "
+        'DROP MATERIALIZED VIEW "public"."mv" CASCADE;',
+    ]
+    hook.delete("absent", dry_run=True)
+    assert _told(capsys) == [
+        "Nothing to drop: absent does not exist.",
+        "Dry run: nothing would be done (it does not exist).",
+    ]
+    hook.create(_AS_IT_STANDS, dry_run=True)
+    assert _told(capsys)[-1] == "Dry run: nothing would be done (it stands already)."
+    hook.create(_DRIFTED, on_drift="report", dry_run=True)
+    told = _told(capsys)
+    assert "Left as it is (on_drift='report')." in told
+    assert told[-1] == "Dry run: nothing would be done (it stands already)."
+    response = hook.create(_CHANGED, dry_run=True)
+    log = "\n".join(_told(capsys))
+    count = len(response.response["sql"])
+    assert f"Dry run: mv would be updated by {count} statements, in one transaction. Nothing was changed." in log
+    assert re.search(r"\[lock: none\] REFRESH MATERIALIZED VIEW \"public\"\.\"mv_mv_\w{8}\";", log)
+    assert re.search(r"\[lock: ACCESS EXCLUSIVE on view public.top\] ALTER VIEW public.top OWNER TO postgres;", log)
+    assert re.search(
+        r"\[lock: ACCESS EXCLUSIVE\] DROP MATERIALIZED VIEW \"public\"\.\"mv_mv_\w{8}_old\" RESTRICT;", log
+    )
+    hook.create(replace(_CHANGED, name="new", indexes=()), with_data=False, dry_run=True)
+    log = "\n".join(_told(capsys))
+    assert "Dry run: new would be created by " in log
+    assert "REFRESH" not in log
+
+
+def _told(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of the log, without what stands before and after each."""
+    return re.findall(
+        r"^\S+ \[\w+ *\] (.*?) *\[airflow\.task\.hooks\.\S+\] loc=\S+$",
+        capsys.readouterr().out,
+        re.MULTILINE | re.DOTALL,
+    )
+
+
+def test_secrets_are_in_no_log_and_no_summary(db: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    hook = hook_on(db, password="hunter2-secret")
+    definition = MatViewDefinition(name="mv", sql="SELECT 'password=hunter2-secret' AS a")
+    hook.create(definition, dry_run=True)
+    hook.create(definition)
+    hook.create(replace(definition, sql="SELECT 'hunter2-secret' AS b"), dry_run=True)
+    log = capsys.readouterr().out
+    assert "password=***" in log
+    assert "hunter2" not in log
+
+
+def test_in_an_event_loop_it_is_the_same(db: Database) -> None:
+    db.execute(*_STANDING)
+    hook = hook_on(db)
+    told = [hook.create(_CHANGED, dry_run=True), hook.refresh("mv", dry_run=True)]
+
+    async def both() -> list[ServiceResponse]:
+        return [await hook.acreate(_CHANGED, dry_run=True), await hook.arefresh("mv", dry_run=True)]
+
+    with nothing_changes(db):
+        beside = asyncio.run(both())
+    for one, other in zip(told, beside, strict=True):
+        assert _alike(one.response["sql"]) == _alike(other.response["sql"])
+        assert one.response["locks"] == other.response["locks"]
+
+
+def test_it_says_dry_run_only_with_a_flag(db: Database) -> None:
+    with pytest.raises(InvalidDefinition, match="dry_run"):
+        hook_on(db).refresh("mv", dry_run="yes")  # type: ignore[arg-type]
+
+
+# Operators
+
+
+@pytest.fixture
+def _connection(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_connection(monkeypatch, db, password="hunter2-secret")
+
+
+@pytest.mark.usefixtures("_connection")
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_operators_tell_it_in_log_and_xcom_and_leave_no_trace(db: Database, deferrable: bool) -> None:
+    db.execute(*_STANDING)
+    outlets = [Asset("views://mv"), AssetAlias("views")]
+    changed = replace(_CHANGED, sql=f"{_CHANGED.sql} AND 'hunter2-secret' <> ''")
+    dry: dict[str, Any] = {"dry_run": True, "outlets": outlets}
+    with DAG("rehearsed", schedule=None) as dag:
+        create = CreateMatViewOperator(task_id="create", definition=changed, deferrable=deferrable, **dry)
+        refresh = RefreshMatViewOperator(task_id="refresh", view="mv", deferrable=deferrable, **dry)
+        delete = DeleteMatViewOperator(task_id="delete", view="mv", force=True, cascade=True, **dry)
+        mapped = RefreshMatViewOperator.partial(task_id="mapped", dry_run=True).expand(view=["mv"])
+        create >> refresh >> delete >> mapped
+    with nothing_changes(db):
+        run = run_dag(dag)
+    assert set(run.states.values()) == {"success"}
+    summary = run.xcom("delete")
+    assert summary == {
+        "view": "mv",
+        "status": "deleted",
+        "strategy": None,
+        "row_count_before": 4,
+        "row_count_after": None,
+        "duration_ms": None,
+        "reason": None,
+        "mat_view_run_id": None,
+        "dry_run": True,
+        "sql": ['DROP MATERIALIZED VIEW "public"."mv" CASCADE'],
+        "locks": ["ACCESS EXCLUSIVE on mv, policy known on table secured, view top, view topmost"],
+        "then": [],
+    }
+    assert run.xcom("mapped[0]")["dry_run"] is True
+    created = run.xcom("create")
+    assert (created["status"], created["drift"]) == ("updated", True)
+    assert len(created["sql"]) == len(created["locks"]) > 10
+    assert "hunter2" not in json.dumps(created)
+    assert "Dry run: mv would be updated by" in run.log
+    assert "Dry run: mv would be dropped by 1 statement" in run.log
+    assert "Deferred" not in run.log
+    with create_session() as session:
+        assert session.scalars(select(AssetEvent).where(AssetEvent.source_run_id == run.run_id)).all() == []
+
+
+@pytest.mark.usefixtures("_connection")
+def test_a_refused_rehearsal_fails_the_task(db: Database) -> None:
+    db.execute(*_STANDING)
+    with DAG("refused", schedule=None) as dag:
+        DeleteMatViewOperator(task_id="delete", view="mv", force=True, dry_run=True)
+    run = run_dag(dag)
+    assert run.states == {"delete": "failed"}
+    assert "mv cannot be dropped: built on it are policy known on table secured, view top, view topmost." in run.log
+
+
+def test_airflows_own_dry_run_still_renders_templates(capsys: pytest.CaptureFixture[str]) -> None:
+    operator = RefreshMatViewOperator(task_id="refresh", view="mv", dry_run=True)
+    operator.dry_run()
+    assert "Rendering template for view" in capsys.readouterr().out

@@ -237,6 +237,57 @@ def test_assets_and_aliases_get_an_event_with_the_summary(db: Database) -> None:
     assert run.xcom("again")["status"] == "skipped"
 
 
+def test_a_changed_definition_is_applied_and_the_log_says_what_differed(db: Database) -> None:
+    db.execute("CREATE TABLE t AS SELECT generate_series(1, 3) AS id")
+    hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT id FROM t"))
+    db.execute("CREATE VIEW over AS SELECT id FROM mv")
+    changed = MatViewDefinition(
+        name="mv", sql="SELECT id, id + 1 AS next FROM t WHERE id > 1", unique_index_columns=["id"]
+    )
+    with DAG("changed", schedule=None) as dag:
+        first = CreateMatViewOperator(task_id="apply", definition=changed, outlets=[AssetAlias("changed")])
+        first >> CreateMatViewOperator(task_id="again", definition=changed.to_dict(), on_drift="fail")
+    run = run_dag(dag)
+    assert run.states == {"apply": "success", "again": "success"}
+    assert {key: run.xcom("apply")[key] for key in ("status", "drift", "row_count_after")} == {
+        "status": "updated",
+        "drift": True,
+        "row_count_after": 2,
+    }
+    assert (run.xcom("again")["status"], run.xcom("again")["drift"]) == ("skipped", False)
+    assert len(_events(run)) == 1
+    assert db.rows("SELECT id FROM over ORDER BY 1") == [(2,), (3,)]
+    assert _recorded(db) == [("create", "mv", "success"), ("create", "mv", "success"), ("create", "mv", "skipped")]
+    log = re.sub(r"^\S+ \[\w+ *\] (.*?) *\[airflow\.[^\]]*\].*$", r"\1", run.log, flags=re.MULTILINE)
+    assert "\nPlan for mv: 3 steps.\n  1. change query: it is not the definition's\n" in log
+    assert "\n       +  WHERE (id > 1);\n" in log
+    assert "\n  3. build index mv_id_key: it is declared and does not stand\n" in log
+    assert re.search(r"\nUpdated mv in \d+\.\d\d s: 2 rows", log)
+    assert "mv stands already and is what its definition says." in log
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_drift_fails_or_is_reported_as_asked_and_the_view_is_left_alone(db: Database, deferrable: bool) -> None:
+    hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    changed = MatViewDefinition(name="mv", sql="SELECT 2 AS a")
+    arguments: dict[str, Any] = {"definition": changed, "deferrable": deferrable}
+    with DAG("drifted", schedule=None) as dag:
+        CreateMatViewOperator(task_id="report", on_drift="report", **arguments)
+        CreateMatViewOperator(task_id="ignore", on_drift="{{ 'ignore' }}", **arguments)
+        CreateMatViewOperator(task_id="fail", on_drift="fail", **arguments)
+        CreateMatViewOperator(task_id="wrong", on_drift="fix", **arguments)
+    run = run_dag(dag)
+    assert run.states == {"report": "success", "ignore": "success", "fail": "failed", "wrong": "failed"}
+    assert (run.xcom("report")["drift"], run.xcom("ignore")["drift"]) == (True, None)
+    assert "mv is not what its definition says: change query." in run.log
+    assert "To mend it: apply it with on_drift='apply'" in run.log
+    assert "on_drift='fix' does not exist. Choose one of 'apply', 'fail', 'ignore', 'report'." in run.log
+    assert db.rows("TABLE mv") == [(1,)]
+    failed = [run for run in hook_on(db).runs() if run.status == "failed"]
+    assert [each.error and each.error["class"] for each in failed] == ["DriftFound"]
+    assert failed[0].meta["response"]["plan"]["steps"][0]["kind"] == "change query"
+
+
 def test_the_log_tells_what_was_done_and_why_and_how_long_it_took(db: Database) -> None:
     _view(db)
     with DAG("told", schedule=None) as dag:

@@ -109,8 +109,19 @@ class PlanStep:
             "detail": list(self.detail),
         }
 
+    @property
+    def title(self) -> str:
+        """What it does to what, in a few words."""
+        noun = self.kind.split()[-1]
+        what = self.subject.removeprefix(f"{noun} ")
+        if self.subject in (f"the {noun}", f"the view's {noun}"):
+            return self.kind.value
+        if what != self.subject or self.kind in (StepKind.GRANT, StepKind.REVOKE):
+            return f"{self.kind} {what}"
+        return f"{self.kind} of {self.subject}" if self.kind is StepKind.COLUMN_SETTINGS else f"{self.kind}: {what}"
+
     def __str__(self) -> str:
-        return f"{self.kind}: {self.subject}: {self.why} [lock {self.lock}: {self.cost}]"
+        return f"{self.title}: {self.why} [lock {self.lock}: {self.cost}]"
 
 
 @dataclass(frozen=True)
@@ -173,10 +184,10 @@ class Plan:
         what = "Plan for" if self.stands else "Plan, to create"
         lines = [f"{what} {self.view}: {len(self.steps)} step{'' if len(self.steps) == 1 else 's'}."]
         for number, step in enumerate(self.steps, 1):
-            lines.append(f"  {number}. {step.kind}: {step.subject}")
-            lines.append(f"     why: {step.why}")
-            lines += [f"          {line}" for line in step.detail]
-            lines.append(f"     lock: {step.lock}; {step.cost}")
+            lines.append(f"  {number}. {step.title}: {step.why}")
+            lines += [f"       {line}" for line in step.detail]
+            if step.lock is not Lock.NONE:
+                lines.append(f"     lock {step.lock}: {step.cost}")
             if statements:
                 lines += [f"     {line}" for text in step.sql for line in f"{text};".splitlines()]
         return lines + self._margin()
