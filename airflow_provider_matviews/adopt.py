@@ -22,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     :param arguments: the command line; None for that of the process.
     :returns: the exit code: 1 where it could not be done, which stderr tells.
     """
-    parser = argparse.ArgumentParser(prog="python -m airflow_provider_matviews.adopt", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m airflow_provider_matviews.adopt",
+        description="Write a .sql file for each materialized view of a schema.",
+    )
     parser.add_argument("--conn-id", default="postgres_default", help="the Airflow connection (%(default)s)")
     parser.add_argument("--schema", default="public", help="its exact name (%(default)s)")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="where the .sql files go; made if need be")

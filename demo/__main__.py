@@ -21,7 +21,7 @@ from demo.postgres_server import PostgresServer, PostgresServerError, find_insta
 from demo.warehouse import DATABASE, Warehouse, describe
 
 EXAMPLE_DAGS = Path(__file__).resolve().parent.parent / "example_dags"
-CREATE, REFRESH, DELETE = "matviews_create", "matviews_refresh", "matviews_delete"
+CREATE, REFRESH, DELETE, DRIFT = "matviews_create", "matviews_refresh", "matviews_delete", "matviews_drift"
 POLL_SECONDS = 1.0
 NEW_EVENTS_EVERY_SECONDS = 20.0
 
@@ -72,7 +72,7 @@ def _run(*, once: bool) -> int:
         warehouse.load()
         airflow.start()
         say(f"Airflow is healthy: {airflow.url}")
-        wait_for_dags(airflow, (CREATE, REFRESH, DELETE))
+        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT))
         run_dag(airflow, CREATE)
         if once:
             _refresh_and_delete(airflow, warehouse)
@@ -89,6 +89,9 @@ def _newest_installation() -> Path:
 
 
 def _refresh_and_delete(airflow: AirflowServer, warehouse: Warehouse) -> None:
+    warehouse.meddle()
+    run_dag(airflow, CREATE)  # Puts back what was changed by hand,
+    run_dag(airflow, DRIFT, scheduled=True)  # so that nothing differs any more.
     warehouse.add_events()
     run_dag(airflow, REFRESH, scheduled=True)
     pause_and_drain(airflow, REFRESH)  # It is scheduled, and must not refresh what is gone.
@@ -101,12 +104,14 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     """Let the refresh DAG follow its schedule and tell of each new run, until interrupted."""
     airflow.api.set_paused(REFRESH, False)
     airflow.api.set_paused(DELETE, False)
+    airflow.api.set_paused(DRIFT, False)
     list(warehouse.new_runs())
     warehouse.print_runs()
     print(f"Airflow:  {airflow.url}  (everybody is an administrator)")
     print(f"Database: psql '{server.dsn(DATABASE)}'")
     print(
-        f"{REFRESH} runs every minute, {DELETE} waits to be triggered by you. Ctrl-C ends it all.\n",
+        f"{REFRESH} runs every minute, {DRIFT} every night, {DELETE} waits to be triggered by you.\n"
+        f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back. Ctrl-C ends it all.\n",
         flush=True,
     )
     next_events = time.monotonic()

@@ -28,6 +28,12 @@ SELECT 1 + floor(40000 * power(random(), 3))::bigint,
 FROM generate_series(1, 500)
 """
 
+_BY_HAND = """
+DROP INDEX analytics.account_retention_first_quarter;
+COMMENT ON MATERIALIZED VIEW analytics.daily_events IS 'todo';
+REVOKE SELECT ON analytics.account_retention FROM reporting;
+"""
+
 _HISTORY = """
 SELECT id, view, operation, status, strategy, to_char(started_at, 'HH24:MI:SS') AS started, duration_ms,
        row_count_before, row_count_after, error_message
@@ -77,6 +83,11 @@ class Warehouse:
     def add_events(self) -> None:
         """Insert a few new events, so that the next refresh has something to do."""
         self._connection.execute(_NEW_EVENTS)
+
+    def meddle(self) -> None:
+        """Change views by hand, as it happens: an index is gone, a comment is wrong, a grant is taken back."""
+        say("by hand: an index dropped, a comment changed, a grant taken back")
+        self._connection.execute(_BY_HAND)
 
     def new_runs(self) -> Iterator[dict[str, Any]]:
         """Yield the runs that ended since the last call."""

@@ -1,6 +1,6 @@
 """Create the materialized views that `views/*.sql` declare.
 
-Run it by hand, or after each deployment: a view that stands is left as it is.
+Run it by hand, or after each deployment: a view that stands is made what its file says, and readers go on meanwhile.
 """
 
 from __future__ import annotations

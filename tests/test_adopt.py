@@ -35,6 +35,7 @@ from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Work, fetch_all
 from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.picture import Label, Picture, Privilege
+from airflow_provider_matviews.services.plan_steps import StepKind
 from tests.conftest import Database, hook_on
 from tests.driving import InterruptedDriver, connecting
 from tests.racing import until
@@ -201,6 +202,10 @@ def test_every_view_of_an_odd_estate_comes_back_from_its_file(estate: Estate, tm
             assert loaded[name] == definition == hook.definition_of(name)
             assert definition.managed
         assert len(loaded) == len(definitions) == len(list((tmp_path / str(number)).iterdir()))
+        with estate.database.connect() as connection:
+            for file in (tmp_path / str(number)).iterdir():
+                # For whoever pastes it: the header is a comment to PostgreSQL too.
+                connection.execute(file.read_bytes())
         done: set[str] = set()
         for name, definition in definitions.items():
             assert not (set(definition.depends_on) & set(definitions)) - done
@@ -380,6 +385,7 @@ def test_an_invalid_index_is_declared_as_it_should_be_and_noted(each_db: Databas
     assert notes == [
         "its index i is INVALID (a build of it failed half-way): declared as it should be, and to be built anew"
     ]
+    assert [step.kind for step in hook_on(each_db).plan(definition).steps] == [StepKind.REPAIR_INDEX]
 
 
 def test_a_view_of_an_extension_is_not_managed(each_db: Database, capsys: pytest.CaptureFixture[str]) -> None:

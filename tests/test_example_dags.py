@@ -40,7 +40,7 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
     for name in [name for name in os.environ if name.startswith("AIRFLOW_CONN_")]:
         monkeypatch.delenv(name)
     dags = _dags()
-    assert sorted(dags) == ["matviews_create", "matviews_delete", "matviews_refresh"]
+    assert sorted(dags) == ["matviews_create", "matviews_delete", "matviews_drift", "matviews_refresh"]
     assert {Path(dag.fileloc).name for dag in dags.values()} == {path.name for path in EXAMPLES.glob("*.py")}
     assert all(dag.doc_md for dag in dags.values())
 
@@ -57,6 +57,15 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     rows = {view: hook_on(warehouse).last_run(view).row_count_after for view in views}  # type: ignore[union-attr]
     assert all(rows.values()), rows
     assert warehouse.value("SELECT has_table_privilege('reporting', 'analytics.account_retention', 'SELECT')")
+
+    # Nothing differs; somebody changes a view; that is told, and put back.
+    assert run_dag(dags["matviews_drift"]).state == "success"
+    warehouse.execute("DROP INDEX analytics.account_retention_first_quarter")
+    drifted = run_dag(_dags()["matviews_drift"])
+    assert {task for task, state in drifted.states.items() if state == "failed"} == {"check_account_retention"}
+    assert "build index account_retention_first_quarter" in drifted.log
+    assert run_dag(_dags()["matviews_create"]).state == "success"
+    assert run_dag(_dags()["matviews_drift"]).state == "success"
 
     warehouse.execute("DELETE FROM app.events WHERE occurred_at >= '2024-12-31 00:00+00'")
     refreshed = run_dag(dags["matviews_refresh"])
@@ -76,4 +85,4 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     assert deleted.state == "success"
     assert set(deleted.states.values()) == {"success"}
     assert warehouse.rows("SELECT matviewname FROM pg_matviews") == []
-    assert warehouse.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 12
+    assert warehouse.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 13
