@@ -14,13 +14,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import psycopg
 
-from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
+from airflow_provider_matviews.definition import Index, MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.create import Creating, create_view
 from airflow_provider_matviews.services.delete import delete_view
@@ -37,7 +37,32 @@ VICTIM = "victim"
 QUERY = "SELECT id, value FROM source"
 DEFINITION = MatViewDefinition(name="mv", sql=QUERY, unique_index_columns=["id"], comment="the view")
 
-Deed = Literal["create", "replace", "refresh", "refresh concurrently", "delete", "delete cascade", "migrate"]
+Deed = Literal[
+    "create",
+    "replace",
+    "alter",
+    "apply",
+    "rename",
+    "refresh",
+    "refresh concurrently",
+    "delete",
+    "delete cascade",
+    "migrate",
+]
+#: What a view that is as :data:`DEFINITION` says is to become.
+CHANGES: dict[Deed, MatViewDefinition] = {
+    "alter": replace(
+        DEFINITION,
+        comment="altered",
+        grants={"public": ["SELECT"]},
+        indexes=[Index(columns=["value"])],
+        exclusive=True,
+    ),
+    "apply": replace(
+        DEFINITION, sql="SELECT id, value, value + 1 AS next FROM source", indexes=[Index(columns=["next"])]
+    ),
+    "rename": replace(DEFINITION, name="renamed", renamed_from="mv", comment="renamed"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,8 +99,11 @@ def _service(deed: Deed, prepared: Prepared) -> Work[ServiceResponse]:
         case "refresh" | "refresh concurrently":
             strategy = RefreshStrategy.REGULAR if deed == "refresh" else RefreshStrategy.CONCURRENT
             return refresh_view(view, server, report, strategy=strategy, analyze=False)
-        case "create" | "replace":
-            job = Creating(view, view, DEFINITION, server, report, prepared.patience, force=deed == "replace")
+        case "create" | "replace" | "alter" | "apply" | "rename":
+            definition = CHANGES.get(deed, DEFINITION)
+            job = Creating(
+                view, prepared.origin, definition, server, report, prepared.patience, force=deed == "replace"
+            )
             return create_view(job)
         case "delete" | "delete cascade":
             return delete_view(view, server, report, managed=True, cascade=deed == "delete cascade")
@@ -87,13 +115,14 @@ def work(deed: Deed, tracking_schema: str = "matviews") -> Work[Any]:
     if deed == "migrate":
         return ensure_schema(tracking_schema)
     match deed:
-        case "create" | "replace":
+        case "create" | "replace" | "alter" | "apply" | "rename":
             operation = Operation.CREATE
         case "delete" | "delete cascade":
             operation = Operation.DROP
         case _:
             operation = Operation.REFRESH
-    subject = Subject(ViewName("mv"), DEFINITION if operation is Operation.CREATE else None)
+    definition = CHANGES.get(deed, DEFINITION)
+    subject = Subject(definition.view, definition) if operation is Operation.CREATE else Subject(ViewName("mv"))
     return record_run(operation, subject, Ledger(tracking_schema), Terms(), lambda prepared: _service(deed, prepared))
 
 

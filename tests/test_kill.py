@@ -16,7 +16,7 @@ from psycopg import sql
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Instruction, Note, Result, Session
 from tests.conftest import Database, hook_on
-from tests.killing import DEFINITION, VICTIM, Deed, Gallows, Order, gallows, work
+from tests.killing import CHANGES, DEFINITION, VICTIM, Deed, Gallows, Order, gallows, work
 from tests.proxy import Cut, Filter, hook_through
 from tests.racing import beside, until
 
@@ -105,6 +105,64 @@ def test_a_kill_at_any_statement_leaves_all_of_the_operation_or_nothing(
             assert runs in ([], [("running", None)]), story
         outcomes.add(tuple(runs))
         _require_that_the_next_one_goes_on(scene, deed, runs, story)
+        if not end.killed:
+            break
+    assert not end.killed, "it has more statements than were tried"
+    assert outcomes == {(), (("running", None),), (("success", None),)}
+
+
+#: All that a change of a view could leave half done.
+STATE: LiteralString = """
+    SELECT c.oid::regclass::text, c.relkind::text, c.relacl::text, obj_description(c.oid),
+           pg_get_viewdef(c.oid), i.indisvalid
+    FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid
+    WHERE c.relnamespace = 'public'::regnamespace ORDER BY 1
+"""
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("deed", ["alter", "apply", "rename"])
+def test_a_kill_at_any_statement_of_a_change_leaves_all_of_it_or_nothing(
+    db: Database, killing: Gallows, deed: Deed
+) -> None:
+    scene = Scene(db)
+    name = CHANGES[deed].name
+
+    def set_up() -> None:
+        scene.eye.execute("DROP MATERIALIZED VIEW IF EXISTS renamed CASCADE")
+        scene.eye.execute("DELETE FROM matviews.mat_view_runs")
+        scene.eye.execute("DELETE FROM matviews.mat_view_definitions")
+        scene.set_up(deed)
+        scene.eye.execute(MAKE_DEPENDENT)
+        scene.eye.execute("CREATE INDEX by_hand ON mv (value DESC)")
+        scene.hook.create(DEFINITION)
+
+    def state() -> tuple[Any, ...]:
+        definitions = scene.eye.execute("SELECT name, declaration FROM matviews.mat_view_definitions").fetchall()
+        return scene.eye.execute(STATE).fetchall(), definitions
+
+    set_up()
+    before = state()
+    assert not killing.run(Order(db.dsn(), deed)).killed
+    after = state()
+    assert after != before
+    outcomes = set()
+    for at in range(1, 150):
+        set_up()
+        end = killing.run(Order(db.dsn(), deed, at=at))
+        until(db, VICTIM_GONE)
+        first, *runs = scene.runs()
+        story = f"killed at {at}: {end.statement}"
+        assert first == ("skipped", None)
+        assert runs in ([], [("running", None)], [("success", None)]), story
+        assert state() == (after if runs == [("success", None)] else before), story
+        outcomes.add(tuple(runs))
+        scene.hook.create(CHANGES[deed], if_locked="fail", max_wait=0.1)
+        assert state() == after, story
+        assert scene.hook.plan(CHANGES[deed]).steps == ()
+        if runs == [("running", None)]:
+            lost = scene.hook.runs(name)[1]
+            assert (lost.status, lost.error and lost.error["class"]) == ("failed", "RunLost"), story
         if not end.killed:
             break
     assert not end.killed, "it has more statements than were tried"
