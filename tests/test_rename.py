@@ -548,15 +548,15 @@ def test_an_operation_under_the_old_name_that_comes_meanwhile_finds_no_view(db: 
     with (
         gate_closed(db) as open_gate,
         beside(lambda: hook_on(db).create(changed, lock_timeout=60), open_gate) as renaming,
-        beside(lambda: hook_on(db).refresh("a"), open_gate) as refresh,
     ):
         until(db, AT_THE_GATE)
-        until(db, WAITING)
-        assert hook.refresh("a", if_locked="skip").status == "skipped"
-        open_gate()
-        assert renaming.result().status == "updated"
-        with pytest.raises(ViewNotFound, match="a does not exist"):
-            refresh.result()
+        with beside(lambda: hook_on(db).refresh("a"), open_gate) as refresh:
+            until(db, WAITING)
+            assert hook.refresh("a", if_locked="skip").status == "skipped"
+            open_gate()
+            assert renaming.result().status == "updated"
+            with pytest.raises(ViewNotFound, match="a does not exist"):
+                refresh.result()
     # The one that stood back did so while the view had that name.
     assert _history(db, "b")[2:] == [(3, "create", "success"), (4, "refresh", "skipped")]
     assert _history(db, "a") == [(5, "refresh", "failed")]

@@ -52,13 +52,11 @@ class ResolvedName:
     """A view's name with its schema.
 
     :ivar display: as one would type it, without the schema where that is ``public``.
-    :ivar quoted: with its schema, quoted as the server quotes it in the definitions it gives.
     """
 
     schema: str
     name: str
     display: str
-    quoted: str = ""
 
     @property
     def identifier(self) -> sql.Identifier:
@@ -183,8 +181,7 @@ def arrive(
             f"{view} has no schema, and the search path ({server.search_path or 'empty'}) holds none that exists.",
             hint=f"name the schema: schema.{view}",
         )
-    quoted = f"{quoted_schema}.{display}"
-    return server, ResolvedName(schema, view.name, display if schema == "public" else quoted, quoted)
+    return server, ResolvedName(schema, view.name, display if schema == "public" else f"{quoted_schema}.{display}")
 
 
 def former_name(name: str, view: ResolvedName) -> ResolvedName:

@@ -17,8 +17,8 @@ from airflow_provider_matviews.exceptions import (
     StrategyRefused,
 )
 from airflow_provider_matviews.names import quote
-from airflow_provider_matviews.services import alter, catalog
-from airflow_provider_matviews.services.alter import Relation
+from airflow_provider_matviews.services import alterations, catalog
+from airflow_provider_matviews.services.alterations import Relation
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.dependents import blocking_dependents, columns_used
 from airflow_provider_matviews.services.instructions import Work, fetch_all
@@ -143,7 +143,7 @@ def _draft_creation(
     target = target_of(view, definition, declared, None, server)
     picture, relation = target.picture, Relation(view.schema, view.name)
     beside = Beside.nothing(view)
-    empty = alter.bare(picture)
+    empty = alterations.bare(picture)
     first = PlanStep(
         StepKind.CREATE_VIEW,
         view.ddl,
@@ -155,10 +155,10 @@ def _draft_creation(
         cost="nobody reads it yet",
     )
     default = given_to(replace(declared.bare, columns=empty.columns), picture.owner)
-    steps = [first, *_given(relation, server.role, picture.owner), *alter.settings(relation, empty, picture)]
-    steps += alter.indexes(relation, relation, empty, picture, {}, {})
-    steps += alter.statistics(relation, empty, picture, {})
-    steps += alter.privileges(relation, default, picture)
+    steps = [first, *_given(relation, server.role, picture.owner), *alterations.settings(relation, empty, picture)]
+    steps += alterations.indexes(relation, relation, empty, picture, {}, {})
+    steps += alterations.statistics(relation, empty, picture, {})
+    steps += alterations.privileges(relation, default, picture)
     quiet = tuple(replace(step, lock=Lock.NONE, cost="nobody reads it yet") for step in steps)
     return Draft(Plan(view.display, False, quiet), declared, target, None, beside)
 
@@ -195,9 +195,9 @@ def _bodies(
         return {}
     called = {new: old for old, new in renamed.items()}
     declared = yield from read_declared(view, definition, place, standing, called)
-    bodies = {index.name: alter.body_of(index) for index in standing.indexes}
+    bodies = {index.name: alterations.body_of(index) for index in standing.indexes}
     for index, found in zip(definition.all_indexes, declared.indexes, strict=True):
-        bodies[index.name_on(view.name)] = alter.body_of(found)
+        bodies[index.name_on(view.name)] = alterations.body_of(found)
     return bodies
 
 
@@ -289,16 +289,16 @@ def _in_place(
             StepKind.RENAME_COLUMN,
             f"column {quote(old)}",
             f"the query gives it as {quote(new)}, and is the same otherwise",
-            cut=(alter.text(relation.alter() + rename),),
+            cut=(alterations.text(relation.alter() + rename),),
             lock=Lock.ACCESS_EXCLUSIVE,
             cost="readers wait for the moment it takes; what is built on the view goes on, with the names it has",
         )
     yield from _given(relation, standing.owner, owner)
-    yield from alter.settings(relation, base, target.picture)
+    yield from alterations.settings(relation, base, target.picture)
     now = Relation(origin.schema, origin.name)
-    yield from alter.indexes(relation, now, base, target.picture, target.index_names, target.doomed, bodies)
-    yield from alter.statistics(relation, base, target.picture, target.doomed)
-    yield from alter.privileges(relation, base, _with_all_columns(target.picture, base))
+    yield from alterations.indexes(relation, now, base, target.picture, target.index_names, target.doomed, bodies)
+    yield from alterations.statistics(relation, base, target.picture, target.doomed)
+    yield from alterations.privileges(relation, base, _with_all_columns(target.picture, base))
 
 
 def _with_all_columns(picture: Picture, base: Picture) -> Picture:
@@ -314,7 +314,7 @@ def _given(relation: Relation, former: str, owner: str) -> Iterator[PlanStep]:
             StepKind.OWNER,
             quote(owner),
             f"it should belong to {quote(owner)}, belongs to {quote(former)}",
-            cut=(alter.text(statement),),
+            cut=(alterations.text(statement),),
             lock=Lock.ACCESS_EXCLUSIVE,
         )
 
@@ -331,32 +331,32 @@ def _script(
     """Return the statements of a rebuild: those before the cut, and the cut."""
     picture, relation = target.picture, beside.relation
     fill = with_data if force else with_data or facts.populated
-    empty = alter.bare(picture)
+    empty = alterations.bare(picture)
     build = [creation(beside, picture, declared.query)]
-    build += [text for step in alter.settings(relation, empty, picture) for text in step.sql]
+    build += [text for step in alterations.settings(relation, empty, picture) for text in step.sql]
     build += [
         text
         for position, each in enumerate(picture.statistics)
-        for text in alter.make_statistics(
-            relation, each, beside.statistics(position, picture), alter.statistics_body(each)
+        for text in alterations.make_statistics(
+            relation, each, beside.statistics(position, picture), alterations.statistics_body(each)
         )
     ]
     build += [text for step in _given(relation, standing.owner, picture.owner) for text in step.sql]
     default = given_to(replace(declared.bare, columns=empty.columns), picture.owner)
-    build += [text for step in alter.privileges(relation, default, picture) for text in step.sql]
+    build += [text for step in alterations.privileges(relation, default, picture) for text in step.sql]
     if fill:
         build.append(f"REFRESH MATERIALIZED VIEW {beside.new.ddl}")
     for position, index in enumerate(picture.indexes):
         made = beside.index(position, picture)
-        build += alter.build_index(relation, index, made, alter.body_of(index))
-        build += alter.dress_index(relation, made, None, index)
+        build += alterations.build_index(relation, index, made, alterations.body_of(index))
+        build += alterations.dress_index(relation, made, None, index)
     if fill:
         build.append(f"ANALYZE {beside.new.ddl}")
     dependents = yield from peek(facts.oid)
     rename = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
     cut = [
-        alter.text(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
-        alter.text(rename.format(beside.new.identifier, sql.Identifier(beside.view.name))),
+        alterations.text(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
+        alterations.text(rename.format(beside.new.identifier, sql.Identifier(beside.view.name))),
         *(text for each in dependents for text in (each.statement.strip().rstrip(";"), *each.extensions)),
         f"DROP MATERIALIZED VIEW {beside.old.ddl} RESTRICT",
         *naming(beside, picture),
@@ -486,10 +486,10 @@ def _left_alone(view: ResolvedName, target: Target, exclusive: Target) -> Iterat
     if has.tablespace != said.tablespace:
         yield f"tablespace {quote(str(has.tablespace))}"
     steps = [
-        *alter.settings(relation, has, said),
-        *alter.indexes(relation, relation, has, said, {}, {}),
-        *alter.statistics(relation, has, said, {}),
-        *alter.privileges(relation, has, said),
+        *alterations.settings(relation, has, said),
+        *alterations.indexes(relation, relation, has, said, {}, {}),
+        *alterations.statistics(relation, has, said, {}),
+        *alterations.privileges(relation, has, said),
     ]
     invalid: Collection[str] = {f"index {quote(index.name)}" for index in has.indexes if not index.valid}
     for step in steps:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -207,27 +206,3 @@ class Plan:
         for step in self.steps:
             counted[step.kind.value] = counted.get(step.kind.value, 0) + 1
         return ", ".join(f"{kind} ({number})" if number > 1 else kind for kind, number in counted.items())
-
-
-def plan_of(data: Mapping[str, Any]) -> Plan:
-    """Return the plan that :meth:`Plan.as_dict` gave, as a run row or an event holds it."""
-    steps = tuple(
-        PlanStep(
-            StepKind(each["kind"]),
-            each["subject"],
-            each["why"],
-            build=tuple(each["sql"]),
-            lock=Lock(each["lock"]),
-            cost=each["cost"],
-            detail=tuple(each["detail"]),
-        )
-        for each in data["steps"]
-    )
-    return Plan(
-        data["view"],
-        data["stands"],
-        steps,
-        tuple(data["left_alone"]),
-        tuple(data["refusals"]),
-        tuple(data["notes"]),
-    )

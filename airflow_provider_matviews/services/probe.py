@@ -155,7 +155,7 @@ def read_declared(
 
 
 def same_query(declared: Declared, standing: str, place: Place) -> Work[bool]:
-    """Return whether a view's query, as :func:`stored_query` gives it, is the declared one.
+    """Return whether a view's query, every name qualified, is the declared one.
 
     PostgreSQL may word its own wording differently (``varchar IN (...)`` does), so both are read until the words meet.
     """
@@ -171,17 +171,6 @@ def same_query(declared: Declared, standing: str, place: Place) -> Work[bool]:
             break
         texts.add(text)
     return False
-
-
-def stored_query(view: ResolvedName) -> Work[str | None]:
-    """Return the query of a view that stands, every name qualified; None where none stands."""
-    yield Command(sql.SQL("SAVEPOINT plain"))
-    yield from speak_plainly()
-    text = yield from catalog.query_of(view)
-    # Undoes the settings.
-    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT plain"))
-    yield Command(sql.SQL("RELEASE SAVEPOINT plain"))
-    return text
 
 
 def reworded(text: str, place: Place, columns: Sequence[str] = ()) -> Work[str]:

@@ -14,7 +14,7 @@ from psycopg import sql
 
 from airflow_provider_matviews.exceptions import StrategyRefused
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, shorten
-from airflow_provider_matviews.services.alter import (
+from airflow_provider_matviews.services.alterations import (
     Relation,
     bare,
     build_index,
