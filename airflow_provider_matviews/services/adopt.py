@@ -106,9 +106,8 @@ def read_definitions(schema: str) -> Work[list[Adopted]]:
     views: dict[str, ResolvedName] = {}
     for row in rows:
         if row["name"] is not None:
-            quoted = f"{row['schema']}.{row['quoted']}"
-            display = row["quoted"] if schema == "public" else quoted
-            views[str(ViewName(row["name"], schema))] = ResolvedName(schema, row["name"], display, quoted)
+            display = row["quoted"] if schema == "public" else f"{row['schema']}.{row['quoted']}"
+            views[str(ViewName(row["name"], schema))] = ResolvedName(schema, row["name"], display)
     adopted: list[Adopted] = []
     for name in graph.order:
         if name in views:
