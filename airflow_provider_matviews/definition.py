@@ -96,7 +96,7 @@ class MatViewDefinition:
     :param comment: what COMMENT ON says of the view.
     :param grants: role -> privileges, such as ``{"reporting": ["SELECT"]}``, each perhaps ``WITH GRANT OPTION`` or
         ``GRANTED BY`` a role. The role ``public`` is everybody. Where the owner is named, that is all it has;
-        ``["NONE"]`` for nothing.
+        ``["NONE"]`` for a role that should have nothing.
     :param storage_parameters: what goes into the view's WITH clause, such as ``{"fillfactor": 90}``.
     :param tablespace: where it is kept; None for the default, and for wherever a standing one is.
     :param owner: whose it is; None for the role that makes it, and for whoever owns a standing one. Its query runs
@@ -298,7 +298,8 @@ class MatViewDefinition:
         """
         path = Path(path)
         try:
-            return cls.from_sql(path.read_text(encoding="utf-8-sig"), name=path.stem)
+            # Not as text, which would change the ends of lines inside constants.
+            return cls.from_sql(path.read_bytes().decode("utf-8-sig"), name=path.stem)
         except InvalidDefinition as error:
             raise type(error)(f"{path}: {error.message}", hint=error.hint) from error
         except UnicodeDecodeError as error:

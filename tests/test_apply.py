@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -379,6 +380,9 @@ def test_a_view_moves_to_its_declared_tablespace_and_access_method(each_db: Data
         first = MatViewDefinition(name="mv", sql="SELECT 1 AS a", unique_index_columns=["a"], comment="Ours.")
         hook.create(first)
         each_db.execute("CREATE VIEW over AS TABLE mv")
+        # A default for what is new moves nothing that stands.
+        elsewhere = hook_on(each_db, extra=json.dumps({"options": f"-c default_tablespace={name}"}))
+        assert elsewhere.plan(first).steps == ()
         moved = MatViewDefinition(
             name="mv",
             sql="SELECT 1 AS a",

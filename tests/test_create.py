@@ -480,7 +480,7 @@ def test_a_view_has_the_comment_grants_parameters_and_tablespaces_that_are_decla
             sql="SELECT 1 AS a, 'text' AS t",
             indexes=[Index(columns=["a"], tablespace=space)],
             comment="It's ours.",
-            grants={reader: ["SELECT"], writer: ["select", "REFERENCES"], "Public": ["TRIGGER"]},
+            grants={reader: ["SELECT"], writer: ["select", "REFERENCES"], "public": ["TRIGGER"]},
             storage_parameters={"fillfactor": 80, "autovacuum_enabled": False, "toast.autovacuum_enabled": "off"},
             tablespace=space,
         )

@@ -428,7 +428,7 @@ def test_a_role_that_may_make_nothing_in_the_schema_can_plan_by_temporary_object
     plan = theirs.plan(_base(sql="SELECT id, name, amount, day FROM source", comment=None))
     assert [step.kind for step in plan.steps] == ["change query", "add column"]
     assert "may not replace or alter mv" in plan.refusals[0]
-    with pytest.raises(MissingPrivilege, match="lacks CREATE or USAGE on the schema public"):
+    with pytest.raises(MissingPrivilege, match="may not create new: it lacks CREATE or USAGE on the schema"):
         theirs.plan(MatViewDefinition(name="new", sql="SELECT 1 AS a"))
     with each_db.connect() as connection:
         connection.execute(sql.SQL("REVOKE TEMP ON DATABASE {} FROM PUBLIC").format(sql.Identifier(each_db.name)))

@@ -22,7 +22,7 @@ from psycopg.types.json import Jsonb
 from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.exceptions import RunLost
 from airflow_provider_matviews.services.catalog import ResolvedName
-from airflow_provider_matviews.services.instructions import Session, Work, fetch_all, fetch_one, raw
+from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one, raw
 from airflow_provider_matviews.services.migrations import LATEST, ensure_schema
 from airflow_provider_matviews.services.strategies.auto import PastRefresh
 
@@ -249,37 +249,38 @@ class Ledger:
     def rename(self, former: DefinitionRecord, view: ResolvedName) -> Work[None]:
         """Give a definition and its runs a view's new name, in the operation's own transaction.
 
-        What is recorded under that name already, of a view that was called so before, becomes part of its history.
+        What is recorded under that name already, of a view that was called so before or by somebody who stood back
+        just now, becomes part of its history.
 
         :param former: the row under the name that it has had.
         """
         definitions = self._table("mat_view_definitions")
-        # Made where there is none, so that who stands back, without a lock, cannot record one meanwhile; and locked, so
-        # that nobody hangs another run on it.
-        row = yield from fetch_one(
-            sql.SQL(
-                "INSERT INTO {} AS d (name, schema_name, view_name) VALUES (%s, %s, %s) "
-                "ON CONFLICT (schema_name, view_name) DO UPDATE SET updated_at = d.updated_at RETURNING id"
-            ).format(definitions),
-            (view.display, view.schema, view.name),
+        rename = sql.SQL(
+            "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() WHERE id = %s"
+        ).format(definitions)
+        named = (view.display, view.schema, view.name, former.id)
+        yield Command(sql.SQL("SAVEPOINT renaming"))
+        try:
+            yield from fetch_all(rename, named)
+        except psycopg.errors.UniqueViolation:
+            yield Command(sql.SQL("ROLLBACK TO SAVEPOINT renaming"))
+        else:
+            yield Command(sql.SQL("RELEASE SAVEPOINT renaming"))
+            return
+        # Locked, so that nobody hangs another run on it.
+        left = yield from fetch_one(
+            sql.SQL("SELECT id FROM {} WHERE schema_name = %s AND view_name = %s FOR UPDATE").format(definitions),
+            (view.schema, view.name),
         )
-        assert row is not None
-        left = row["id"]
-        yield from fetch_all(sql.SQL("SELECT id FROM {} WHERE id = %s FOR UPDATE").format(definitions), (left,))
+        assert left is not None
         yield from fetch_all(
             sql.SQL("UPDATE {} SET mat_view_definition_id = %s WHERE mat_view_definition_id = %s").format(
                 self._table("mat_view_runs")
             ),
-            (former.id, left),
+            (former.id, left["id"]),
         )
-        yield from fetch_all(sql.SQL("DELETE FROM {} WHERE id = %s").format(definitions), (left,))
-        yield from fetch_all(
-            sql.SQL(
-                "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() "
-                "WHERE id = %s"
-            ).format(definitions),
-            (view.display, view.schema, view.name, former.id),
-        )
+        yield from fetch_all(sql.SQL("DELETE FROM {} WHERE id = %s").format(definitions), (left["id"],))
+        yield from fetch_all(rename, named)
 
     def adopt(self, view: ResolvedName, known: DefinitionRecord | None, query: str | None) -> Work[DefinitionRecord]:
         """Return the row of a view; make one, ``managed=false``, for a view that was never declared.

@@ -126,6 +126,11 @@ class IndexAnatomy:
     options: tuple[str, ...]
     reads: tuple[str, ...]
 
+    @property
+    def has_expression(self) -> bool:
+        """Whether anything in it is more than a column."""
+        return self.shape.predicate is not None or any(key.column is None for key in self.shape.keys)
+
 
 @dataclass(frozen=True)
 class StatisticsAnatomy:
@@ -140,6 +145,11 @@ class StatisticsAnatomy:
     expressions: tuple[str, ...]
     kinds: tuple[str, ...]
     reads: tuple[str, ...]
+
+    @property
+    def made_of(self) -> tuple[tuple[str, ...], ...]:
+        """What makes them the statistics they are."""
+        return self.columns, self.expressions, self.kinds
 
     def worded(self) -> str:
         """Return the definition without their name and the view's, made of its parts."""
@@ -253,6 +263,7 @@ _FAITHFUL = {
     "intervalstyle": "postgres",
     "extra_float_digits": "3",
     "array_nulls": "on",
+    "standard_conforming_strings": "on",
     "quote_all_identifiers": "off",
 }
 

@@ -173,9 +173,7 @@ def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: 
     if {column.name for column in new} & set(names) or {column.name for column in old} & set(names.values()):
         return {}
     for index in standing.indexes:
-        shape = index.anatomy and index.anatomy.shape
-        inside = shape and (shape.predicate is not None or any(key.column is None for key in shape.keys))
-        if inside and index.anatomy and set(index.anatomy.reads) & set(names):
+        if index.anatomy and index.anatomy.has_expression and set(index.anatomy.reads) & set(names):
             return {}
     for statistics in standing.statistics:
         anatomy = statistics.anatomy

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import psycopg
 from psycopg import sql
@@ -22,7 +22,9 @@ from airflow_provider_matviews.services.ddl import create_index, create_statisti
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_one, raw
 from airflow_provider_matviews.services.picture import (
     IndexPicture,
+    IndexShape,
     Picture,
+    StatisticsAnatomy,
     StatisticsPicture,
     restore_settings,
     speak_plainly,
@@ -41,12 +43,33 @@ class Declared:
     :ivar bare: an empty view of it, without the definition's indexes and statistics, with what default privileges give.
     :ivar indexes: those of the definition, in its order.
     :ivar statistics: likewise.
+    :ivar reworded_indexes: those that stand and hold an expression, as the server words its own words: it may not be
+        the same (``varchar IN (...)`` is not).
+    :ivar reworded_statistics: likewise.
     """
 
     texts: tuple[str, ...]
     bare: Picture
     indexes: tuple[IndexPicture, ...]
     statistics: tuple[StatisticsPicture, ...]
+    reworded_indexes: Mapping[str, IndexShape] = field(default_factory=dict)
+    reworded_statistics: Mapping[str, StatisticsAnatomy] = field(default_factory=dict)
+
+    def same_index(self, standing: IndexPicture, found: IndexPicture) -> bool:
+        """Return whether an index that stands is one that is declared."""
+        if standing.anatomy is None or found.anatomy is None:
+            return False
+        shape = found.anatomy.shape
+        return shape in (standing.anatomy.shape, self.reworded_indexes.get(standing.name))
+
+    def kept(self, standing: StatisticsPicture | None, found: StatisticsPicture) -> StatisticsPicture:
+        """Return what is declared, in the words of what stands where that is the same."""
+        if standing is None or standing.anatomy is None or found.anatomy is None:
+            return found
+        again = self.reworded_statistics.get(standing.name)
+        if again is not None and again.made_of == found.anatomy.made_of:
+            return replace(found, anatomy=standing.anatomy)
+        return found
 
     @property
     def query(self) -> str:
@@ -139,6 +162,7 @@ def read_declared(
         indexes = yield from _make_indexes(view, definition, relation, standing)
         statistics = yield from _make_statistics(definition, relation, place)
         yield from speak_plainly()
+        again = yield from _reword(standing, relation, place, view)
         for name, other in (called or {}).items():
             rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
             yield Command(rename.format(relation, sql.Identifier(name), sql.Identifier(other)))
@@ -148,6 +172,12 @@ def read_declared(
             declared,
             indexes=tuple(next(each for each in whole.indexes if each.name == name) for name in indexes),
             statistics=tuple(next(each for each in whole.statistics if each.name == name) for name in statistics),
+            reworded_indexes={
+                again[each.name]: each.anatomy.shape for each in whole.indexes if each.name in again and each.anatomy
+            },
+            reworded_statistics={
+                again[each.name]: each.anatomy for each in whole.statistics if each.name in again and each.anatomy
+            },
         )
     yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
     yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
@@ -255,7 +285,49 @@ def _make_indexes(
                 **index.storage_parameters,
             }
             index = replace(index, storage_parameters=options, tablespace=index.tablespace or kept.tablespace)
-        yield Command(create_index(index, name, relation))
+        try:
+            yield Command(create_index(index, name, relation))
+        except psycopg.errors.UndefinedTable as error:
+            raise InvalidDefinition(
+                f"The index {said.name_on(view.name)} of {view.display} cannot be declared: "
+                f"{error.diag.message_primary}.",
+                hint="an expression that names the whole row by the view's name works for one view only; name columns.",
+            ) from error
+    return names
+
+
+def _reword(
+    standing: Picture | None, relation: sql.Identifier, place: Place, view: ResolvedName
+) -> Work[dict[str, str]]:
+    """Build what stands and holds an expression once more, from the server's words; return its names by those here."""
+    names: dict[str, str] = {}
+    if standing is None:
+        return names
+    create: list[tuple[str, str, sql.Composable]] = []
+    for index in standing.indexes:
+        anatomy = index.anatomy
+        if anatomy is not None and anatomy.body is not None and anatomy.has_expression:
+            kind = sql.SQL("CREATE UNIQUE INDEX" if index.unique else "CREATE INDEX")
+            name = _token_name(view.name)
+            body = sql.SQL(" {} ON {} USING {}").format(sql.Identifier(name), relation, raw(anatomy.body))
+            create.append((name, index.name, kind + body))
+    for each in standing.statistics:
+        if each.anatomy is not None and each.anatomy.body is not None and each.anatomy.expressions:
+            name = _token_name("probe")
+            body = sql.SQL("CREATE STATISTICS {} {} FROM {}").format(
+                place.named(name), raw(each.anatomy.body), relation
+            )
+            create.append((name, each.name, body))
+    for name, known, statement in create:
+        yield Command(sql.SQL("SAVEPOINT reword"))
+        try:
+            yield Command(statement)
+        except psycopg.ProgrammingError:
+            # It reads a column that is no more, or of another type: then it is not what is declared.
+            yield Command(sql.SQL("ROLLBACK TO SAVEPOINT reword"))
+        else:
+            names[name] = known
+        yield Command(sql.SQL("RELEASE SAVEPOINT reword"))
     return names
 
 

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.exceptions import StrategyRefused
@@ -123,9 +124,16 @@ def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, rep
             yield from report.run(step.kind.value, Command(raw(statement)), harmless=True)
     if picture.indexes:
         yield Command(sql.SQL("SAVEPOINT indexes"))
-        for position in range(len(picture.indexes)):
-            for statement in _index(beside, position, picture):
-                yield Command(raw(statement))
+        for position, index in enumerate(picture.indexes):
+            try:
+                for statement in _index(beside, position, picture):
+                    yield Command(raw(statement))
+            except psycopg.errors.UndefinedTable as error:
+                raise StrategyRefused(
+                    f"{beside.view.display} cannot be rebuilt beside itself: its index {index.name} names the whole "
+                    f"row by the view's name ({error.diag.message_primary}).",
+                    hint="build that index over columns, or drop it.",
+                ) from error
         yield Command(sql.SQL("ROLLBACK TO SAVEPOINT indexes"))
         yield Command(sql.SQL("RELEASE SAVEPOINT indexes"))
 

@@ -180,7 +180,7 @@ def record_run(
             if origin is not view and status is not RunStatus.SUCCESS:
                 return  # It still has its former name.
             if renamed is not None:
-                yield from ledger.rename(renamed, view)
+                yield from explained(ledger.tracking_schema, ledger.rename(renamed, view))
             # Only now: a definition that was refused is not what the view should be.
             if subject.definition is not None:
                 yield from ledger.declare(view, subject.definition, record if origin is view else None)

@@ -58,7 +58,7 @@ def target_of(
         where none stands.
     :param origin: the name that the view has, where it is to be renamed.
     """
-    exclusive = definition.exclusive and base is not None
+    exclusive = definition.exclusive
     if base is None:
         base = given_to(declared.bare, definition.owner or declared.bare.owner)
     gone = {column.name for column in base.columns} - set(declared.column_names)
@@ -69,7 +69,7 @@ def target_of(
         identity = _REPLICA_IDENTITY[definition.replica_identity]
     if any(index.replica_identity for index in definition.indexes):
         identity = "i"
-    elif identity == "i" and not any(index.replica_identity for index in indexes):
+    elif any(index.replica_identity for index in base.indexes) and not any(each.replica_identity for each in indexes):
         # Its index goes.
         identity = "d"
     if identity != "i":
@@ -210,7 +210,7 @@ def _privileges(
     """
     wanted: dict[tuple[str | None, str, str], Privilege] = {}
     for role, texts in grants.items():
-        grantee = None if role.lower() == "public" else role
+        grantee = None if role == "public" else role
         for grant in map(Grant.parse, texts):
             for right in sorted(all_rights) if grant.privilege == "ALL" else [grant.privilege]:
                 if right != "NONE":
@@ -218,6 +218,8 @@ def _privileges(
                     wanted[_key(privilege)] = privilege
     result = dict(wanted)
     for each in base:
+        if each.grantee is not None and tuple(grants.get(each.grantee, ())) == ("NONE",):
+            continue
         if _key(each) in wanted:
             # More than was asked is left alone like all that was not asked for.
             if each.grantable and not exclusive and (each.grantee != owner or owner not in grants):
@@ -298,14 +300,14 @@ def _indexes(
     for index, name, found in wanted:
         former, final = stands.get(name), name
         if former is None:
-            former = next(
-                (each for each in base.indexes if each.name not in names and each.valid and _same(each, found)), None
-            )
+            candidates = (each for each in base.indexes if each.name not in names and each.valid)
+            former = next((each for each in candidates if declared.same_index(each, found)), None)
             if former is not None:
                 # Who gave no name is content with any, but for the one that was made of the view's former name.
                 made = origin is not None and former.name == index.name_on(origin)
                 final = names[former.name] = former.name if index.name is None and not made else name
-        result.append(_index(index, final, found, former, exclusive))
+        same = former is not None and declared.same_index(former, found)
+        result.append(_index(index, final, found, former, same=same, exclusive=exclusive))
     doomed: dict[str, tuple[str, ...]] = {}
     for former in base.indexes:
         if former.name in names or exclusive:
@@ -321,32 +323,30 @@ def _indexes(
     return names, result, doomed
 
 
-def _same(standing: IndexPicture, found: IndexPicture) -> bool:
-    return standing.anatomy is not None and found.anatomy is not None and standing.anatomy.shape == found.anatomy.shape
-
-
 def _under(thing: IndexPicture | StatisticsPicture, gone: Collection[str]) -> tuple[str, ...]:
     return () if thing.anatomy is None else tuple(column for column in thing.anatomy.reads if column in gone)
 
 
-def _index(index: Index, name: str, found: IndexPicture, former: IndexPicture | None, exclusive: bool) -> IndexPicture:
+def _index(
+    index: Index, name: str, found: IndexPicture, former: IndexPicture | None, *, same: bool, exclusive: bool
+) -> IndexPicture:
     kept = former if former is not None and not exclusive else found
     said = tuple((n, key.statistics) for n, key in enumerate(index.keys, 1) if key.statistics is not None)
     # Targets belong to the keys by their number.
-    targets = dict(kept.statistics) if former is not None and _same(former, found) else {}
-    if exclusive:
-        targets = {}
+    targets = dict(kept.statistics) if former is not None and same and not exclusive else {}
     anatomy = found.anatomy
     if former is not None and former.anatomy is not None and anatomy is not None:
         options = _options(former.anatomy.options, anatomy.options, options_of(anatomy.options), exclusive)
-        if former.anatomy.options == options and _same(former, found):
+        if same:
             anatomy = former.anatomy
-        elif options != anatomy.options:
+        if options != anatomy.options:
             anatomy = replace(anatomy, options=options, body=anatomy.shape.body(options))
     return replace(
         found,
         name=name,
         anatomy=anatomy,
+        # The server's default is for what is new.
+        tablespace=found.tablespace if index.tablespace or former is None or exclusive else former.tablespace,
         statistics=tuple(sorted({**targets, **dict(said)}.items())),
         comment=index.comment if index.comment is not None else (None if exclusive else kept.comment),
         clustered=index.clustered or kept.clustered,
@@ -373,7 +373,7 @@ def _statistics(
         key = (name.schema or view.schema, name.name)
         taken.add(key)
         former = stands.get(key)
-        result.append(_one_statistics(said, key, found, former, server, exclusive))
+        result.append(_one_statistics(said, key, declared.kept(former, found), former, server, exclusive))
     doomed: dict[str, tuple[str, ...]] = {}
     for key, former in stands.items():
         if key in taken or exclusive:

@@ -54,7 +54,7 @@ def statistics(
                 lock=Lock.SHARE_UPDATE_EXCLUSIVE,
                 cost="readers go on; ANALYZE fills them",
             )
-        elif _made_of(former) != _made_of(each):
+        elif former.anatomy and each.anatomy and former.anatomy.made_of != each.anatomy.made_of:
             yield PlanStep(
                 StepKind.CHANGE_STATISTICS,
                 subject,
@@ -80,12 +80,6 @@ def statistics(
             cut=(text(sql.SQL("DROP STATISTICS {}").format(sql.Identifier(former.schema, former.name))),),
             lock=Lock.SHARE_UPDATE_EXCLUSIVE,
         )
-
-
-def _made_of(statistics: StatisticsPicture) -> tuple[tuple[str, ...], ...]:
-    anatomy = statistics.anatomy
-    assert anatomy is not None
-    return anatomy.columns, anatomy.expressions, anatomy.kinds
 
 
 def statistics_body(statistics: StatisticsPicture) -> str:
