@@ -25,6 +25,7 @@ from airflow_provider_matviews.exceptions import (
     DriftFound,
     InvalidDefinition,
     MissingPrivilege,
+    StrategyRefused,
 )
 from airflow_provider_matviews.services.plan_steps import Plan
 from tests.conftest import Database, hook_on
@@ -497,3 +498,90 @@ def test_settings_of_the_session_make_no_drift(db: Database) -> None:
     # Another search path makes it another query, as it would on its creation.
     away = hook_on(db, extra=json.dumps({"options": "-c search_path=other"}))
     assert [step.kind for step in away.plan(definition).steps] == ["change query", "change column"][:1]
+
+
+def test_what_default_privileges_give_goes_where_it_is_not_declared(each_db: Database) -> None:
+    hook, reader, writer = hook_on(each_db), each_db.role(), each_db.role()
+    with each_db.connect() as connection:
+        for privilege, role in (("SELECT", reader), ("INSERT", writer)):
+            connection.execute(
+                sql.SQL("ALTER DEFAULT PRIVILEGES GRANT {} ON TABLES TO {}").format(
+                    sql.SQL(privilege), sql.Identifier(role)
+                )
+            )
+
+    def may() -> tuple[bool, bool]:
+        (row,) = each_db.rows(
+            "SELECT has_table_privilege(%s, 'mv', 'SELECT'), has_table_privilege(%s, 'mv', 'INSERT')", (reader, writer)
+        )
+        return row  # type: ignore[return-value]
+
+    plain = MatViewDefinition(name="mv", sql="SELECT 1 AS a")
+    hook.create(plain)
+    assert may() == (True, True)
+    assert hook.plan(plain).steps == ()
+    # One role that is to have nothing; then nobody who is not declared.
+    none = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants={writer: ["NONE"]})
+    assert [step.kind for step in hook.plan(none).steps] == ["revoke"]
+    hook.create(none)
+    assert may() == (True, False)
+    for changed in (plain.sql, "SELECT 2 AS a"):
+        only = MatViewDefinition(name="mv", sql=changed, grants={writer: ["INSERT"]}, exclusive=True)
+        hook.create(only)
+        assert may() == (False, True)
+        assert hook.plan(only).steps == ()
+    each_db.execute("DROP MATERIALIZED VIEW mv")
+    assert hook.create(only).status == "created"
+    assert may() == (False, True)
+    assert hook.plan(only).steps == ()
+    with each_db.connect() as connection:
+        for role in (reader, writer):
+            connection.execute(
+                sql.SQL("ALTER DEFAULT PRIVILEGES REVOKE ALL ON TABLES FROM {}").format(sql.Identifier(role))
+            )
+
+
+def test_a_role_is_named_exactly_and_only_public_is_everybody(db: Database) -> None:
+    hook = hook_on(db)
+    db.roles.append("Public")
+    db.execute('CREATE ROLE "Public"')
+    definition = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants={"Public": ["SELECT"]})
+    hook.create(definition)
+    assert db.value("SELECT has_table_privilege('Public', 'mv', 'SELECT')") is True
+    assert db.value("SELECT relacl::text ~ '[{,]=' FROM pg_class WHERE relname = 'mv'") is False
+    assert hook.plan(definition).steps == ()
+
+
+def test_an_index_over_the_whole_row_is_refused_before_the_query_runs(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute("CREATE SEQUENCE ticks")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    db.execute("CREATE INDEX whole ON mv ((mv.* IS NOT NULL))")
+    with pytest.raises(StrategyRefused, match="its index whole names the whole row by the view's name"):
+        hook.create(MatViewDefinition(name="mv", sql="SELECT nextval('ticks') AS a"))
+    declared = MatViewDefinition(
+        name="mv", sql="SELECT 1 AS a", indexes=[Index(columns=[IndexKey(expression="mv.* IS NOT NULL")], name="whole")]
+    )
+    with pytest.raises(InvalidDefinition, match="The index whole of mv cannot be declared"):
+        hook.plan(declared)
+    assert db.value("SELECT is_called FROM ticks") is False
+
+
+def test_an_expression_that_the_server_words_in_another_way_makes_no_drift(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute(
+        "CREATE TABLE t (v varchar)",
+        "CREATE MATERIALIZED VIEW mv AS SELECT v FROM t WHERE v IN ('a', 'b')",
+        "CREATE INDEX i ON mv (v) WHERE v IN ('a', 'b')",
+        "CREATE STATISTICS s ON (v IN ('a', 'b')) FROM mv",
+    )
+    by_hand = MatViewDefinition(
+        name="mv",
+        sql="SELECT v FROM t WHERE v IN ('a', 'b')",
+        indexes=[Index(columns=["v"], name="i", where="v IN ('a', 'b')")],
+        statistics=[ExtendedStatistics(name="s", expressions=["v IN ('a', 'b')"])],
+    )
+    for definition in (by_hand, hook.definition_of("mv")):
+        assert hook.plan(definition).steps == ()
+    other = MatViewDefinition(**{**by_hand.to_dict(), "indexes": [], "statistics": [], "exclusive": True})
+    assert [step.kind for step in hook.plan(other).steps] == ["drop index", "drop statistics"]

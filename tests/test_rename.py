@@ -686,6 +686,47 @@ def test_of_renames_that_cross_and_do_not_wait_one_gets_through(db: Database) ->
         assert sorted(future.result() for future in stood_back) == [False, True]
 
 
+def test_an_operation_on_another_view_that_has_the_old_name_by_now_is_not_waited_for(db: Database) -> None:
+    _stand(db)
+    hook = hook_on(db)
+    hook.create(B)
+    db.execute("CREATE MATERIALIZED VIEW a AS SELECT 1 AS id")
+    with _locked(db, "a"):
+        assert hook.create(B, if_locked="fail").response["reason"] == "it stands already"
+        assert hook.create(replace(B, comment="Another."), if_locked="fail").status == "updated"
+
+
+def test_a_view_of_the_new_name_that_goes_while_its_lock_is_taken_lets_the_old_one_be_renamed(db: Database) -> None:
+    oid = _stand(db)
+    db.execute("CREATE MATERIALIZED VIEW b AS SELECT 1 AS id")
+    hook_on(db).definitions()
+
+    def drop() -> None:
+        db.execute("DROP MATERIALIZED VIEW b")
+
+    with Meddled(db, "pg_try_advisory_xact_lock", drop) as driver:
+        work = Operations(Ledger("matviews")).create(B)
+        with _locked(db, "a") as let_go, beside(lambda: driver.run(work), let_go) as renaming:
+            # Both locks are asked for once the one view is gone.
+            until(db, WAITING)
+            let_go()
+            assert renaming.result().status == "updated"
+    assert driver.meddled
+    assert _oid(db, "b") == oid
+
+
+def test_runs_that_nobody_ended_are_found_under_both_names(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(_SOURCE)
+    hook.create(replace(A, name="b"))
+    hook.delete("b")
+    _stand(db)
+    db.execute("UPDATE matviews.mat_view_runs SET status = 1, finished_at = NULL, duration_ms = NULL")
+    hook.create(B)
+    hook.refresh("b")
+    assert [status for _, _, status in _history(db, "b")] == [*["failed"] * 4, "success", "success"]
+
+
 # What fails
 
 
@@ -789,6 +830,31 @@ def test_who_may_not_rename_it_is_told_so(db: Database, on_drift: str) -> None:
         hook.create(replace(B, name="reports.b", renamed_from="public.a"), on_drift=on_drift)
     assert _oid(db, "a") == oid
     assert hook.create(B, on_drift=on_drift).status == "updated"
+
+
+def test_who_may_not_delete_from_the_record_can_rename_where_nothing_is_to_be_merged(db: Database) -> None:
+    _stand(db)
+    role = db.role()
+    with db.connect() as connection:
+        for statement in (
+            "GRANT USAGE ON SCHEMA matviews TO {}",
+            "GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA matviews TO {}",
+            "GRANT USAGE, CREATE ON SCHEMA public TO {}",
+            "GRANT SELECT ON t TO {}",
+            "ALTER MATERIALIZED VIEW a OWNER TO {}",
+        ):
+            connection.execute(statement.format(role).encode())
+    hook = hook_on(db, user=role)
+    oid = _oid(db, "a")
+    assert hook.create(B).status == "updated"
+    with pytest.raises(ViewNotFound):
+        hook.refresh("a")
+    before = _history(db, "b"), _history(db, "a"), hook.definitions()
+    with pytest.raises(MissingPrivilege, match="may not use the run tables") as raised:
+        hook.create(replace(A, renamed_from="b"))
+    assert "DELETE" in (raised.value.hint or "")
+    assert _oid(db, "b") == oid
+    assert (_history(db, "b")[:-1], _history(db, "a"), hook.definitions()) == before
 
 
 # What is done about drift

@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.definition import IfLocked
-from airflow_provider_matviews.services.catalog import ResolvedName, blockers_of
+from airflow_provider_matviews.services.catalog import ResolvedName, blockers_of, kinds_of
 from airflow_provider_matviews.services.instructions import Command, Note, Pause, Work, fetch_one
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -90,7 +90,8 @@ def take_view_lock(
     :param begin_again: begins the transaction anew, as it was.
     :param deferral: what all copies of one deferred operation have in common. They go one after the other, whatever
         ``if_locked`` says of other operations: held with the view's lock or without it, this one is had in the end.
-    :param former: the name that it has had, whose lock is taken too.
+    :param former: the name that it has had, whose lock is taken too, unless a view stands that has its new name:
+        others may have made another one of the old name since.
     """
     begun = time.monotonic()
     pause = _pauses(_LONGEST_WAIT)
@@ -118,11 +119,22 @@ def take_view_lock(
 
 def _try_locks(view: ResolvedName, former: ResolvedName | None) -> Work[ResolvedName | None]:
     """Return the one that somebody else holds; None where all were had."""
+    names = [view]
+    if former is not None and not (yield from _stands(view)):
+        names.append(former)
     # In one order for all: of renames that cross, one gets through.
-    for each in sorted((view, former) if former else (view,), key=lock_name):
+    for each in sorted(names, key=lock_name):
         if not (yield from _try_lock(lock_key(each))):
             return each
+    if former is not None and former not in names and not (yield from _stands(view)):
+        # Dropped just now; all over again.
+        return view
     return None
+
+
+def _stands(view: ResolvedName) -> Work[bool]:
+    (kind,) = yield from kinds_of(view)
+    return kind is not None
 
 
 def _try_lock(key: sql.Composable) -> Work[bool]:
