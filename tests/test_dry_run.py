@@ -693,3 +693,16 @@ def test_airflows_own_dry_run_still_renders_templates(capsys: pytest.CaptureFixt
     operator = RefreshMatViewOperator(task_id="refresh", view="mv", dry_run=True)
     operator.dry_run()
     assert "Rendering template for view" in capsys.readouterr().out
+
+
+def test_what_only_a_try_can_tell_is_said_to_be_untried(db: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether what is built on a view takes to another type of a column shows under locks that a dry run never has."""
+    db.execute(*_STANDING)
+    changed = replace(_AS_IT_STANDS, sql="SELECT id, parity::text AS parity, traced() AS tick FROM t")
+    hook = hook_on(db)
+    assert hook.create(changed, dry_run=True).status == "updated"
+    log = "\n".join(_told(capsys))
+    assert "the column parity changes its type, and view top uses it: whether it takes to that is tried before" in log
+    with pytest.raises(DependentsExist, match="does not take to the new one"):
+        hook.create(changed)
+    assert db.rows("TABLE trace") == []

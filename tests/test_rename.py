@@ -781,6 +781,14 @@ def test_a_rename_that_fails_leaves_view_definition_and_history_as_they_were(
     assert run.meta["response"]["view"] == str(definition.view)
 
 
+def test_a_name_that_is_taken_is_found_before_the_new_view_is_filled(db: Database) -> None:
+    oid = _stand(db)
+    definition = replace(_index_in_the_way(db), sql="SELECT id, parity, 1 / 0 AS extra FROM t")
+    with pytest.raises(InvalidDefinition, match="something else in the schema reports has that name"):
+        hook_on(db).create(definition)
+    assert _oid(db, "a") == oid
+
+
 @pytest.mark.parametrize("leftover", [False, True])
 @pytest.mark.parametrize("word", ["RENAME TO", "COMMIT"])
 def test_whatever_ends_the_process_half_way_leaves_all_as_it_was(db: Database, word: str, leftover: bool) -> None:

@@ -33,7 +33,7 @@ from airflow_provider_matviews.services.probe import (
     same_query,
 )
 from airflow_provider_matviews.services.rebuild import Beside, creation, naming
-from airflow_provider_matviews.services.replacement import Changed, obstacles, peek, renaming
+from airflow_provider_matviews.services.replacement import Changed, locking, obstacles, peek, renaming
 from airflow_provider_matviews.services.target import Target, given_to, target_of, with_columns_renamed
 
 _IN_THE_REBUILD = "none of its own: the new view is built with it"
@@ -105,7 +105,7 @@ def draft_plan(
     bodies = yield from _bodies(view, definition, place, standing, renamed)
     mine = list(_in_place(view, origin, standing, base, target, renamed, bodies, owner))
     if rebuilds:
-        script = yield from _script(beside, standing, declared, target, facts, with_data, force)
+        script = yield from _script(beside, origin, standing, declared, target, facts, with_data, force)
         steps = [replace(steps[0], build=script[0], cut=script[1]), *steps[1:]]
         steps += _columns(base, target.picture) if not (same or renamed) else []
         steps += [
@@ -319,6 +319,7 @@ def _given(relation: Relation, former: str, owner: str) -> Iterator[PlanStep]:
 
 def _script(
     beside: Beside,
+    origin: ResolvedName,
     standing: Picture,
     declared: Declared,
     target: Target,
@@ -352,7 +353,10 @@ def _script(
         build.append(f"ANALYZE {beside.new.ddl}")
     dependents = yield from peek(facts.oid)
     rename = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
+    locks = dict.fromkeys(each.lock for each in dependents if each.lock is not None)
     cut = [
+        *locks,
+        locking(origin, standing.owner).text,
         alterations.text(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
         alterations.text(rename.format(beside.new.identifier, sql.Identifier(beside.view.name))),
         *(text for each in dependents for text in (each.statement.strip().rstrip(";"), *each.extensions)),
