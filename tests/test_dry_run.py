@@ -300,7 +300,7 @@ def test_the_locks_told_are_those_that_are_then_taken(each_db: Database, case: C
             work = getattr(Operations(Ledger("matviews")), case.operation)(case.subject, **case.arguments)
             statements = driver.run(work).response["sql"]
     # What was tried and undone came before.
-    held_after = []
+    held_after: list[dict[str, int]] = []
     for statement in reversed(statements):
         text, held = taken.pop()
         while text != statement:

@@ -53,7 +53,7 @@ def apply_plan(
         return (
             yield from replace_view(
                 Replacement(
-                    origin=origin,
+                    view=draft.view,
                     beside=draft.beside,
                     facts=facts,
                     standing=draft.standing,

@@ -16,13 +16,19 @@ from airflow_provider_matviews.exceptions import (
     MissingPrivilege,
     StrategyRefused,
 )
-from airflow_provider_matviews.names import quote
+from airflow_provider_matviews.names import ViewName, quote
 from airflow_provider_matviews.services import alterations, catalog
 from airflow_provider_matviews.services.alterations import Relation
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.dependents import blocking_dependents, columns_used
 from airflow_provider_matviews.services.instructions import Work, fetch_all
-from airflow_provider_matviews.services.picture import Picture, restore_settings, speak_plainly, take_picture
+from airflow_provider_matviews.services.picture import (
+    Picture,
+    StatisticsPicture,
+    restore_settings,
+    speak_plainly,
+    take_picture,
+)
 from airflow_provider_matviews.services.plan_steps import Lock, Plan, PlanStep, StepKind
 from airflow_provider_matviews.services.probe import (
     Declared,
@@ -43,12 +49,14 @@ _IN_THE_REBUILD = "none of its own: the new view is built with it"
 class Draft:
     """A plan with all that is needed to apply it.
 
+    :ivar view: the name that it is to have.
     :ivar standing: the view as it stands; None where none does.
     :ivar rebuilds: whether it is to be built anew beside itself.
     :ivar columns_change: whether what is built on it meets other columns than before.
     :ivar errors: why it cannot be applied, as errors to raise.
     """
 
+    view: ResolvedName
     plan: Plan
     declared: Declared
     target: Target
@@ -97,13 +105,15 @@ def draft_plan(
     if not same:
         renamed = yield from _renamed_columns(standing, stored, declared, place)
     owner = definition.owner or standing.owner
-    base = with_columns_renamed(given_to(standing, owner), renamed)
+    moving = _moving(view, origin, definition, standing)
+    base = _moved(with_columns_renamed(given_to(standing, owner), renamed), moving, view.schema)
     target = target_of(view, definition, declared, base, server, origin.name)
-    beside = Beside.of(view)
+    # Beside the one that stands, under its name: what is built on it reads on by that.
+    beside = Beside.of(replace(origin, display=view.display))
     steps = list(_whole_view(base, target.picture, stored, declared, changed=not (same or renamed), force=force))
     rebuilds = bool(steps)
     bodies = yield from _bodies(view, definition, place, standing, renamed)
-    mine = list(_in_place(view, origin, standing, base, target, renamed, bodies, owner))
+    mine = list(_in_place(view, origin, standing, base, target, renamed, bodies, owner, moving))
     if rebuilds:
         script = yield from _script(beside, origin, standing, declared, target, facts, with_data, force)
         steps = [replace(steps[0], build=script[0], cut=script[1]), *steps[1:]]
@@ -114,7 +124,7 @@ def draft_plan(
             else replace(step, build=(), cut=(), lock=Lock.NONE, cost=_IN_THE_REBUILD)
             for step in mine
         ]
-        steps.sort(key=lambda step: step.kind is not StepKind.RENAME_VIEW)
+        steps.sort(key=lambda step: step.kind is StepKind.RENAME_VIEW)
     else:
         steps = mine
     columns_change = [(c.name, c.type) for c in standing.columns] != [(c.name, c.type) for c in target.picture.columns]
@@ -134,7 +144,34 @@ def draft_plan(
         refusals=tuple(error.message for error in errors),
         notes=tuple(notes),
     )
-    return Draft(plan, declared, target, standing, beside, rebuilds, columns_change, tuple(errors))
+    return Draft(view, plan, declared, target, standing, beside, rebuilds, columns_change, tuple(errors))
+
+
+def _moving(
+    view: ResolvedName, origin: ResolvedName, definition: MatViewDefinition, standing: Picture
+) -> list[StatisticsPicture]:
+    """Return the statistics that go to another schema with the view, as its indexes do by themselves."""
+    if origin.schema == view.schema:
+        return []
+    said = [ViewName.parse(each.name) for each in definition.statistics]
+    stay = {each.name for each in said if each.schema == origin.schema}
+    return [each for each in standing.statistics if each.schema == origin.schema and each.name not in stay]
+
+
+def _moved(picture: Picture, moving: Sequence[StatisticsPicture], schema: str) -> Picture:
+    names = {(each.schema, each.name) for each in moving}
+    return replace(
+        picture,
+        statistics=tuple(
+            replace(each, schema=schema) if (each.schema, each.name) in names else each for each in picture.statistics
+        ),
+    )
+
+
+def _statistics_moves(moving: Sequence[StatisticsPicture], schema: str) -> Iterator[str]:
+    statement = sql.SQL("ALTER STATISTICS {} SET SCHEMA {}")
+    for each in moving:
+        yield alterations.text(statement.format(sql.Identifier(each.schema, each.name), sql.Identifier(schema)))
 
 
 def _draft_creation(
@@ -160,7 +197,7 @@ def _draft_creation(
     steps += alterations.statistics(relation, empty, picture, {})
     steps += alterations.privileges(relation, default, picture)
     quiet = tuple(replace(step, lock=Lock.NONE, cost="nobody reads it yet") for step in steps)
-    return Draft(Plan(view.display, False, quiet), declared, target, None, beside)
+    return Draft(view, Plan(view.display, False, quiet), declared, target, None, beside)
 
 
 def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: Place) -> Work[dict[str, str]]:
@@ -270,6 +307,7 @@ def _in_place(
     renamed: Mapping[str, str],
     bodies: Mapping[str, str],
     owner: str,
+    moving: Sequence[StatisticsPicture],
 ) -> Iterator[PlanStep]:
     """Return the steps that a view can take as it stands."""
     relation = Relation(view.schema, view.name)
@@ -278,7 +316,7 @@ def _in_place(
             StepKind.RENAME_VIEW,
             origin.ddl,
             f"it is declared as {view.ddl}, renamed from {origin.ddl}",
-            cut=tuple(command.text for command in moves),
+            cut=(*(command.text for command in moves), *_statistics_moves(moving, view.schema)),
             lock=Lock.ACCESS_EXCLUSIVE,
         )
     for old, new in renamed.items():
@@ -410,26 +448,29 @@ def _errors(
                 hint="mend what is named, or give on_drift='report' to leave the view as it is.",
             )
         )
-    errors += yield from _taken_names(view, standing, target.picture)
+    errors += yield from _taken_names(view, origin, standing, target.picture)
     return errors
 
 
-def _taken_names(view: ResolvedName, standing: Picture, picture: Picture) -> Work[list[MatViewError]]:
+def _taken_names(
+    view: ResolvedName, origin: ResolvedName, standing: Picture, picture: Picture
+) -> Work[list[MatViewError]]:
     # Else it would only show at the cut, when the rows have been built.
-    fresh = {index.name for index in picture.indexes} - {index.name for index in standing.indexes}
-    if not fresh:
-        return []
+    names = {index.name for index in picture.indexes}
+    # It gets them in the schema where it is, and takes them to the one where it is to be.
+    fresh = sorted(names - {index.name for index in standing.indexes})
     rows = yield from fetch_all(
         sql.SQL(
-            "SELECT c.relname::text AS name FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n "
-            "ON n.oid = c.relnamespace WHERE n.nspname = %s AND c.relname = ANY (%s) ORDER BY 1"
+            "SELECT n.nspname::text AS schema, c.relname::text AS name FROM pg_catalog.pg_class c "
+            "JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE (n.nspname = %s AND c.relname = ANY (%s)) "
+            "OR (n.nspname = %s AND c.relname = ANY (%s)) ORDER BY 1, 2"
         ),
-        (view.schema, sorted(fresh)),
+        (origin.schema, fresh, view.schema, fresh if view.schema == origin.schema else sorted(names)),
     )
     return [
         InvalidDefinition(
             f"The index {quote(row['name'])} of {view.display} cannot be made: something else in the schema "
-            f"{quote(view.schema)} has that name.",
+            f"{quote(row['schema'])} has that name.",
             hint="give it another name (Index(name=...)).",
         )
         for row in rows

@@ -57,8 +57,9 @@ class Changed(Exception):
 class Replacement:
     """A view that is to be replaced by another one.
 
-    :ivar origin: the name that the standing one has.
-    :ivar beside: the names of the new one; in the end it has that of ``beside.view``.
+    :ivar view: the name that the new one has in the end.
+    :ivar beside: its names until then; ``beside.view`` is the name that the standing one has. What is built on that is
+        defined again under it, and follows the new one when it is renamed.
     :ivar standing: what it was when the work began.
     :ivar picture: what the new one is to be.
     :ivar query: its query, with every name qualified.
@@ -68,7 +69,7 @@ class Replacement:
     :ivar rehearse: whether the cut is tried once on the empty new view: what is built on it may not take to it.
     """
 
-    origin: ResolvedName
+    view: ResolvedName
     beside: Beside
     facts: ViewFacts
     standing: Picture
@@ -162,7 +163,7 @@ def _cut_politely(job: Replacement, dependents: Sequence[Dependent], *, rehearsa
     mark = job.report.so_far()
     try:
         yield from politely(
-            job.origin, job.patience, lambda: _cut(job, mark, rehearsal=rehearsal), relations, _COLLISIONS
+            job.beside.view, job.patience, lambda: _cut(job, mark, rehearsal=rehearsal), relations, _COLLISIONS
         )
     except psycopg.errors.InternalError_ as error:
         # "tuple concurrently updated", "could not open relation with OID ...": others changed or dropped it just now.
@@ -289,14 +290,13 @@ def _cut(job: Replacement, mark: int, *, rehearsal: bool) -> Work[None]:
     yield from lock_dependents((yield from read_dependents(facts.oid)), report, deadline)
     yield from set_deadline(deadline)
     # Changes nothing, and takes the lock that the cut needs, while the view still has its name.
-    yield from report.run("lock", locking(job.origin, job.standing.owner), lock=Lock.ACCESS_EXCLUSIVE)
+    yield from report.run("lock", locking(job.beside.view, job.standing.owner), lock=Lock.ACCESS_EXCLUSIVE)
     if blocking := (yield from blocking_dependents(facts.oid)):
         raise StrategyRefused(
-            f"{job.origin.display} was not swapped: while it was being rebuilt, {', '.join(blocking)} was built on it.",
+            f"{beside.view.display} was not swapped: while it was being rebuilt, {', '.join(blocking)} was built on "
+            "it.",
             hint="use refresh_strategy='concurrent' or 'regular' from now on, or 'auto', which sees it.",
         )
-    for command in renaming(job.origin, beside.view):
-        yield from report.run("cut", command)
     # Read again now that nobody can change them or add one.
     dependents = yield from read_dependents(facts.oid)
     for command in _trading_places(job):
@@ -307,7 +307,7 @@ def _cut(job: Replacement, mark: int, *, rehearsal: bool) -> Work[None]:
     if rehearsal:
         return
     yield from take_names(beside, job.picture, report)
-    for command in _joining(job):
+    for command in (*_joining(job), *renaming(beside.view, job.view)):
         yield from report.run("cut", command)
     yield from require_unchanged(facts.oid, job.standing)
     yield from restore_settings(settings)
@@ -317,13 +317,13 @@ def _tell_cut(job: Replacement, dependents: Sequence[Dependent]) -> Work[None]:
     """Say what the cut would do, and do nothing."""
     report, strongest = job.report, Lock.ACCESS_EXCLUSIVE
     yield from lock_dependents(dependents, report)
-    yield from report.run("lock", locking(job.origin, job.standing.owner), lock=strongest)
-    for command in (*renaming(job.origin, job.beside.view), *_trading_places(job)):
+    yield from report.run("lock", locking(job.beside.view, job.standing.owner), lock=strongest)
+    for command in _trading_places(job):
         yield from report.run("cut", command, lock=strongest)
     yield from repoint(dependents, report)
     yield from report.run("cut", _dropping(job.beside), lock=strongest)
     yield from take_names(job.beside, job.picture, report)
-    for command in _joining(job):
+    for command in (*_joining(job), *renaming(job.beside.view, job.view)):
         yield from report.run("cut", command, lock=strongest)
 
 
@@ -335,13 +335,23 @@ def locking(view: ResolvedName, owner: str) -> Command:
 def renaming(origin: ResolvedName, view: ResolvedName) -> list[Command]:
     """Return what gives a view its new name, and nothing where it has that name."""
     commands: list[Command] = []
-    alter = sql.SQL("ALTER MATERIALIZED VIEW {} ")
-    if origin.schema != view.schema:
-        moved = sql.SQL("SET SCHEMA {}").format(sql.Identifier(view.schema))
-        commands.append(Command(alter.format(origin.identifier) + moved))
-    if origin.name != view.name:
-        moved_name = sql.Identifier(view.schema, origin.name)
-        commands.append(Command(alter.format(moved_name) + sql.SQL("RENAME TO {}").format(sql.Identifier(view.name))))
+    schema, name = origin.schema, origin.name
+
+    def rename(to: str) -> None:
+        nonlocal name
+        statement = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
+        commands.append(Command(statement.format(sql.Identifier(schema, name), sql.Identifier(to))))
+        name = to
+
+    if schema != view.schema:
+        if name != view.name:
+            # Neither has the new name to be free in the old schema, nor the old one in the new.
+            rename(Beside.of(view).new.name)
+        move = sql.SQL("ALTER MATERIALIZED VIEW {} SET SCHEMA {}")
+        commands.append(Command(move.format(sql.Identifier(schema, name), sql.Identifier(view.schema))))
+        schema = view.schema
+    if name != view.name:
+        rename(view.name)
     return commands
 
 

@@ -60,7 +60,7 @@ def _swap(job: Refreshing) -> Work[int | None]:
     beside = Beside.of(view)
     outcome = yield from replace_view(
         Replacement(
-            origin=view,
+            view=view,
             beside=beside,
             facts=facts,
             standing=picture,
