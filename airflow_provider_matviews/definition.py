@@ -200,11 +200,8 @@ class MatViewDefinition:
         ):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise InvalidDefinition(f"{what} of {view} name {', '.join(twice)} twice.")
-        for attribute in ("clustered", "replica_identity"):
-            if sum(getattr(index, attribute) for index in self.indexes) > 1:
-                raise InvalidDefinition(f"Two indexes of {view} say {attribute}=True, and only one can be that.")
-        if self.replica_identity is not None and any(index.replica_identity for index in self.indexes):
-            raise InvalidDefinition(f"{view} has a replica_identity of its own and an index that says it is that.")
+        if sum(index.clustered for index in self.indexes) > 1:
+            raise InvalidDefinition(f"Two indexes of {view} say clustered=True, and only one can be that.")
         if self.renamed_from is not None and ViewName.parse(self.renamed_from) == view:
             raise InvalidDefinition(f"{view} is declared as renamed from itself.")
 

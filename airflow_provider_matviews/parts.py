@@ -125,9 +125,9 @@ class IndexKey:
     :param expression: an SQL expression over the view's columns, instead of a column.
     :param order: ``asc`` or ``desc``; None for the method's default.
     :param nulls: ``first`` or ``last``.
-    :param operator_class: its name, perhaps with its schema.
+    :param operator_class: its name as one types it in SQL, perhaps with its schema.
     :param operator_class_options: such as ``{"siglen": 32}``.
-    :param collation: its name, perhaps with its schema.
+    :param collation: its name as one types it in SQL, perhaps with its schema: ``'"C"'``, ``'"de_DE"'``.
     :param statistics: how much ANALYZE keeps about an expression, from 0 to 10000; None leaves it alone.
     :raises InvalidDefinition: when neither or both of column and expression are given.
     """
@@ -181,7 +181,6 @@ class Index:
     :param nulls_not_distinct: for a unique index, whether NULLs count as equal (PostgreSQL 15 or newer).
     :param comment: what COMMENT ON says of it.
     :param clustered: whether it is the one that CLUSTER takes.
-    :param replica_identity: whether it is the view's replica identity.
     :param depends_on_extensions: extensions that it is dropped with.
     :raises InvalidDefinition: when it cannot be an index.
     """
@@ -197,7 +196,6 @@ class Index:
     nulls_not_distinct: bool = False
     comment: str | None = None
     clustered: bool = False
-    replica_identity: bool = False
     depends_on_extensions: Sequence[str] = ()
 
     def __post_init__(self) -> None:
@@ -219,7 +217,6 @@ class Index:
         check_flag(self.unique, "unique of an index")
         check_flag(self.nulls_not_distinct, "nulls_not_distinct of an index")
         check_flag(self.clustered, "clustered of an index")
-        check_flag(self.replica_identity, "replica_identity of an index")
         if self.comment is not None:
             check_text(self.comment, "comment on an index")
         set_on(self, "depends_on_extensions", as_tuple(self.depends_on_extensions, "depends_on_extensions", (str,)))

@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 
 from airflow_provider_matviews.definition import Column, Index, IndexKey, MatViewDefinition
-from airflow_provider_matviews.exceptions import StrategyRefused
+from airflow_provider_matviews.exceptions import DependentsExist, InvalidDefinition, StrategyRefused
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.picture import Picture, take_picture
 from tests.conftest import Database, hook_on
@@ -403,3 +403,171 @@ def test_a_view_moves_to_its_declared_tablespace_and_access_method(each_db: Data
         each_db.execute("DROP MATERIALIZED VIEW IF EXISTS mv CASCADE")
         with each_db.connect() as connection:
             connection.execute(sql.SQL("DROP TABLESPACE {}").format(sql.Identifier(name)))
+
+
+#: What is built on a view and names its columns by their position.
+_BY_POSITION: list[LiteralString] = [
+    "CREATE VIEW listed AS SELECT m.x, m.y FROM mv m(x, y)",
+    "CREATE VIEW joined AS SELECT j.p, j.q FROM (mv JOIN other ON other.k = mv.a) j(p, q)",
+    "CREATE FUNCTION counted() RETURNS bigint BEGIN ATOMIC SELECT sum(m.x) FROM mv m(x, y); END",
+    "CREATE TABLE guarded (v integer)",
+    "CREATE POLICY seen ON guarded USING (v IN (SELECT m.x FROM mv m(x, y)))",
+]
+
+
+def test_what_names_columns_by_position_never_reads_others_in_silence(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute(
+        "CREATE TABLE t AS SELECT n AS id, n * 10 AS a, n * 100 AS b FROM generate_series(1, 2) n",
+        "CREATE TABLE other AS SELECT 10 AS k",
+        "CREATE SEQUENCE ticks",
+    )
+    hook.create(MatViewDefinition(name="mv", sql="SELECT a, b FROM t"))
+    each_db.execute(*_BY_POSITION)
+    named = ["function counted()", "policy seen on table guarded", "view joined", "view listed"]
+    for columns in ("nextval('ticks')::integer AS id, a, b", "b, a"):
+        changed = MatViewDefinition(name="mv", sql=f"SELECT {columns} FROM t")
+        (refusal,) = hook.plan(changed).refusals
+        assert all(each in refusal for each in named), refusal
+        with pytest.raises(DependentsExist, match="by position") as raised:
+            hook.create(changed)
+        assert sorted(raised.value.dependents) == named
+    # New ones that come last move nothing but what stands behind them in a join.
+    last = MatViewDefinition(name="mv", sql="SELECT a, b, id FROM t")
+    with pytest.raises(DependentsExist) as raised:
+        hook.create(last)
+    assert raised.value.dependents == ("view joined",)
+    assert each_db.value("SELECT is_called FROM ticks") is False
+    each_db.execute("DROP VIEW joined")
+    assert hook.create(last).status == "updated"
+    assert each_db.rows("SELECT x, y FROM listed ORDER BY 1") == [(10, 100), (20, 200)]
+    assert each_db.value("SELECT counted()") == 30
+    # And another query for the same columns is nobody's matter.
+    hook.create(MatViewDefinition(name="mv", sql="SELECT a + 1 AS a, b, id FROM t"))
+    assert each_db.rows("SELECT x, y FROM listed ORDER BY 1") == [(11, 100), (21, 200)]
+
+
+def test_a_join_over_a_renamed_column_never_joins_on_another_one(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute("CREATE TABLE u AS SELECT * FROM (VALUES (10, 'ten'), (1, 'ONE')) AS v (a, w)")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 10 AS a, 5 AS b"))
+    each_db.execute("CREATE VIEW over AS SELECT a, w FROM mv JOIN u USING (a)")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 10 AS key, 5 AS b"))
+    assert each_db.rows("TABLE over") == [(10, "ten")]
+    with pytest.raises(DependentsExist, match="by position"):
+        hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS id, 10 AS key, 5 AS b"))
+    assert each_db.rows("TABLE over") == [(10, "ten")]
+
+
+def test_a_renamed_column_keeps_what_expressions_and_people_say_of_it(each_db: Database) -> None:
+    hook, reader = hook_on(each_db), each_db.role()
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS id, 2 AS a, 'x'::varchar AS v"))
+    with each_db.connect() as connection:
+        connection.execute(
+            sql.SQL(
+                "CREATE INDEX by_hand ON mv (id, (a + 1)) WHERE a > 1 AND v IN ('x', 'y');"
+                "CREATE STATISTICS stats ON id, (a * 2) FROM mv; COMMENT ON COLUMN mv.a IS 'kept';"
+                "GRANT SELECT (a) ON mv TO {}"
+            ).format(sql.Identifier(reader))
+        )
+    renamed = MatViewDefinition(
+        name="mv",
+        sql="SELECT 1 AS id, 2 AS amount, 'x'::varchar AS v",
+        indexes=[
+            Index(
+                name="by_hand",
+                columns=["id", IndexKey(expression="amount + 1")],
+                where="amount > 1 AND v IN ('x', 'y')",
+            )
+        ],
+    )
+    assert [step.kind for step in hook.plan(renamed).steps] == ["rename column"]
+    hook.create(renamed)
+    assert hook.plan(renamed).steps == ()
+    assert each_db.rows(
+        "SELECT col_description('mv'::regclass, 2), has_column_privilege(%s, 'mv', 'amount', 'SELECT'), "
+        "(SELECT count(*) FROM pg_statistic_ext), (SELECT count(*) FROM pg_indexes WHERE tablename = 'mv')",
+        (reader,),
+    ) == [("kept", True, 1, 1)]
+
+
+def test_a_view_is_not_made_of_itself(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS id")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT id FROM t"))
+    each_db.execute(
+        "CREATE VIEW small AS SELECT id FROM mv WHERE id < 5",
+        "CREATE VIEW smaller AS SELECT id FROM small WHERE id < 3",
+        "CREATE FUNCTION several() RETURNS SETOF integer BEGIN ATOMIC SELECT id FROM small; END",
+    )
+    for query in ("TABLE mv", "SELECT id FROM smaller", "SELECT several() AS id", "SELECT (NULL::mv).id"):
+        changed = MatViewDefinition(name="mv", sql=query)
+        for act in (hook.plan, hook.create):
+            with pytest.raises(InvalidDefinition, match="mv would read itself"):
+                act(changed)
+    assert each_db.value("SELECT count(*) FROM mv") == 10
+
+
+def test_what_an_index_had_is_not_pressed_onto_one_of_another_kind(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    text = "SELECT n AS a, ARRAY[n] AS b FROM generate_series(1, 10) n"
+    first = MatViewDefinition(
+        name="mv",
+        sql=text,
+        indexes=[Index(name="i", columns=["a"], storage_parameters={"fillfactor": 50}, clustered=True)],
+    )
+    for other in (
+        Index(name="i", columns=["b"], method="gin"),
+        Index(name="i", columns=["a"], method="hash"),
+        Index(name="i", columns=["a"], where="a > 3"),
+    ):
+        hook.create(first)
+        changed = MatViewDefinition(name="mv", sql=text, indexes=[other])
+        assert [step.kind for step in hook.plan(changed).steps] == ["change index"]
+        assert hook.create(changed).status == "updated"
+        assert hook.plan(changed).steps == ()
+        each_db.execute("DROP MATERIALIZED VIEW mv")
+
+
+def test_a_change_in_place_that_cannot_be_is_found_before_an_index_is_built(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    each_db.execute(
+        "CREATE SEQUENCE ticks",
+        "CREATE FUNCTION counted(integer) RETURNS integer LANGUAGE sql IMMUTABLE AS $$SELECT nextval('ticks')::int$$",
+        "CREATE TABLE taken (a integer)",
+    )
+    text = "SELECT n AS a FROM generate_series(1, 3) n"
+    slow = Index(columns=[IndexKey(expression="counted(a)")], name="slow")
+    hook.create(MatViewDefinition(name="mv", sql=text, indexes=[Index(name="old", columns=["a"])]))
+    for changes in (
+        {"grants": {"nobody at all": ["SELECT"]}},
+        {"owner": "nobody at all"},
+        {"depends_on_extensions": ["nothing"]},
+        {"indexes": [slow, Index(name="taken", columns=["a"])]},
+    ):
+        changed = MatViewDefinition(**{"name": "mv", "sql": text, "indexes": [slow], **changes})
+        with pytest.raises(psycopg.Error):
+            hook.create(changed)
+        assert each_db.value("SELECT is_called FROM ticks") is False, changes
+
+
+def test_a_grant_that_somebody_has_not_committed_yet_is_waited_for(each_db: Database) -> None:
+    hook, reader = hook_on(each_db), each_db.role()
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    changed = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants={"public": ["SELECT"]}, comment="Ours.")
+    waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
+    with each_db.connect() as other:
+        other.execute("BEGIN")
+        other.execute(sql.SQL("GRANT SELECT ON mv TO {}").format(sql.Identifier(reader)))
+        with beside(lambda: hook.create(changed, lock_timeout=30), other.close) as applying:
+            until(each_db, waiting)
+            other.execute("COMMIT")
+            assert applying.result().status == "updated"
+    assert hook.plan(changed).steps == ()
+    assert each_db.value("SELECT has_table_privilege(%s, 'mv', 'SELECT')", (reader,)) is True
+
+
+def test_force_and_leave_it_alone_contradict_each_other(db: Database) -> None:
+    for on_drift in ("fail", "report", "ignore"):
+        with pytest.raises(InvalidDefinition, match="give one of them"):
+            hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"), force=True, on_drift=on_drift)

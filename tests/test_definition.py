@@ -93,7 +93,7 @@ _STATISTICS = st.builds(
 @st.composite
 def _definitions(draw: st.DrawFn) -> MatViewDefinition:
     # Of all indexes one at the most.
-    clustered, identity = draw(st.sampled_from([None, 0, 1])), draw(st.sampled_from([None, 0, 1]))
+    clustered = draw(st.sampled_from([None, 0, 1]))
     indexes = [
         Index(
             columns=draw(st.lists(_IDENTIFIER | _KEYS, min_size=1, max_size=3)),
@@ -106,13 +106,11 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
             nulls_not_distinct=draw(st.booleans()),
             comment=draw(_COMMENT),
             clustered=number == clustered,
-            replica_identity=number == identity,
             depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=1)),
         )
         for number in range(draw(st.integers(0, 2)))
     ]
     name = draw(_NAME)
-    identities = [None] if any(index.replica_identity for index in indexes) else [None, "default", "nothing", "full"]
     return MatViewDefinition(
         name=name,
         sql=draw(_TEXT),
@@ -132,7 +130,7 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
         access_method=draw(st.none() | _IDENTIFIER),
         columns=draw(st.lists(_COLUMNS, max_size=2, unique_by=lambda column: column.name)),
         statistics=draw(st.lists(_STATISTICS, max_size=2, unique_by=lambda each: str(ViewName.parse(each.name)))),
-        replica_identity=draw(st.sampled_from(identities)),
+        replica_identity=draw(st.sampled_from([None, "default", "nothing", "full"])),
         security_labels=draw(_LABELS),
         depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=2)),
         exclusive=draw(st.booleans()),
@@ -289,14 +287,6 @@ def test_arguments_may_be_lists_and_plain_words() -> None:
             {"indexes": [Index(name=name, columns=["a"], clustered=True) for name in "ij"]},
             "Two indexes of mv say clustered=True",
         ),
-        (
-            {"indexes": [Index(name=name, columns=["a"], replica_identity=True) for name in "ij"]},
-            "Two indexes of mv say replica_identity=True",
-        ),
-        (
-            {"indexes": [Index(columns=["a"], replica_identity=True)], "replica_identity": "full"},
-            "has a replica_identity of its own and an index that says it is that",
-        ),
         ({"renamed_from": "MV"}, "mv is declared as renamed from itself"),
         ({"renamed_from": "a b"}, "does not parse"),
         ({"grants": {"reporting": ["NONE", "SELECT"]}}, "grants['reporting'] says NONE and more"),
@@ -329,7 +319,6 @@ def test_a_definition_that_can_never_be_a_view_is_refused(arguments: dict[str, A
         ({"columns": ["a"], "unique": "no"}, "unique of an index is true or false"),
         ({"columns": ["a"], "nulls_not_distinct": 1}, "nulls_not_distinct of an index is true or false"),
         ({"columns": ["a"], "clustered": None}, "clustered of an index is true or false"),
-        ({"columns": ["a"], "replica_identity": "full"}, "replica_identity of an index is true or false"),
         ({"columns": ["a"], "comment": " "}, "comment on an index is empty"),
         ({"columns": ["a"], "depends_on_extensions": "postgis"}, "depends_on_extensions is a list or tuple"),
     ],

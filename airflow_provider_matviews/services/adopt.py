@@ -144,11 +144,8 @@ def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
         if picture is not None and query is not None and server is not None:
             break
     notes = [note for condition, note in _NOTES.items() if server[condition]]
-    notes += [
-        f"new views of {each['role']} come with privileges that this one lacks ({each['lacks']}), which no definition "
-        "takes back: made anew it will have them"
-        for each in (yield from fetch_all(_DEFAULTS, {"oid": facts.oid}))
-    ]
+    # Else they would be given something when it is made anew.
+    shut_out = [row["role"] for row in (yield from fetch_all(_SHUT_OUT, {"oid": facts.oid}))]
     name = ViewName(view.name, view.schema)
     try:
         definition = definition_from(
@@ -159,6 +156,7 @@ def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
             depends_on=sorted(graph.needs.get(str(name), ())),
             privileges=frozenset(server["privileges"]),
             access_method=server["access_method"],
+            shut_out=shut_out,
         )
     except InvalidDefinition as error:
         raise WouldBeLost(
@@ -180,6 +178,7 @@ def definition_from(
     depends_on: Sequence[str],
     privileges: frozenset[str],
     access_method: str,
+    shut_out: Sequence[str] = (),
 ) -> MatViewDefinition:
     """Say in a definition what a picture shows.
 
@@ -187,6 +186,7 @@ def definition_from(
     :param notes: takes what the definition cannot say.
     :param privileges: all that there are on a relation, which ``ALL`` stands for.
     :param access_method: the server's default, which needs no word.
+    :param shut_out: roles that have nothing on the view, and would be given something if it were made anew.
     :raises InvalidDefinition: when something in it cannot be said.
     """
     by_index = any(index.replica_identity for index in picture.indexes)
@@ -205,7 +205,10 @@ def definition_from(
         columns=[column for column in columns if column != Column(name=column.name)],
         statistics=[_statistics(each, notes) for each in picture.statistics],
         comment=_text(picture.comment, "its comment", notes),
-        grants=_grants(picture.privileges, picture.owner, privileges),
+        grants={
+            **dict.fromkeys(shut_out, ("NONE",)),
+            **_grants(picture.privileges, picture.owner, privileges),
+        },
         storage_parameters=_parameters(options),
         tablespace=picture.tablespace,
         access_method=None if picture.access_method == access_method else picture.access_method,
@@ -252,7 +255,6 @@ def _index(index: IndexPicture, notes: list[str]) -> Index:
         nulls_not_distinct=anatomy.shape.nulls_not_distinct,
         comment=_text(index.comment, f"the comment on index {index.name}", notes),
         clustered=index.clustered,
-        replica_identity=index.replica_identity,
         depends_on_extensions=index.extensions,
     )
 
@@ -349,21 +351,18 @@ _SERVER = sql.SQL(
     WHERE c.oid = %(oid)s
     """
 )
-#: What ALTER DEFAULT PRIVILEGES would give to somebody on the view if it were made anew, and it has not; by the roles
-#: that might make it.
-_DEFAULTS = sql.SQL(
+#: To whom ALTER DEFAULT PRIVILEGES gives something on a view that is made anew, and who has nothing on this one; of the
+#: roles that might make it.
+_SHUT_OUT = sql.SQL(
     """
-    SELECT pg_get_userbyid(d.defaclrole)::text AS role,
-           string_agg(DISTINCT format('%%s to %%s', a.privilege_type, CASE WHEN a.grantee = 0 THEN 'public'
-                                      ELSE pg_get_userbyid(a.grantee)::text END), ', ') AS lacks
+    SELECT DISTINCT CASE WHEN a.grantee = 0 THEN 'public' ELSE pg_get_userbyid(a.grantee)::text END AS role
     FROM pg_catalog.pg_class c
     JOIN pg_catalog.pg_default_acl d ON d.defaclobjtype = 'r' AND d.defaclnamespace IN (0, c.relnamespace)
      AND d.defaclrole IN (c.relowner, current_user::regrole)
     CROSS JOIN LATERAL aclexplode(d.defaclacl) a
     WHERE c.oid = %(oid)s AND a.grantee NOT IN (c.relowner, d.defaclrole)
-      AND NOT EXISTS (SELECT FROM aclexplode(c.relacl) has
-                      WHERE has.grantee = a.grantee AND has.privilege_type = a.privilege_type)
-    GROUP BY d.defaclrole ORDER BY 1
+      AND NOT EXISTS (SELECT FROM aclexplode(c.relacl) has WHERE has.grantee = a.grantee)
+    ORDER BY 1
     """
 )
 _NOTES = {

@@ -15,6 +15,7 @@ from airflow_provider_matviews.services.locking import Patience, politely
 from airflow_provider_matviews.services.plan import Draft
 from airflow_provider_matviews.services.plan_steps import Lock, PlanStep, StepKind
 from airflow_provider_matviews.services.replacement import (
+    Changed,
     Replacement,
     locking,
     replace_view,
@@ -23,6 +24,9 @@ from airflow_provider_matviews.services.replacement import (
 )
 from airflow_provider_matviews.services.response import Report
 from airflow_provider_matviews.services.row_counts import Outcome
+
+#: How often the cut is tried again after meeting somebody else's change of the same rows of the catalog.
+_COLLISIONS = 20
 
 
 def apply_plan(
@@ -65,6 +69,8 @@ def apply_plan(
                     fill=fill,
                     count=count,
                     rehearse=draft.columns_change,
+                    way_out="apply it when nobody builds on the view; what cannot be pointed at a new one has to be "
+                    "dropped first, and made again after.",
                 )
             )
         )
@@ -76,22 +82,47 @@ def _in_place(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Pa
     assert draft.standing is not None
     # The server's default must not stand in for what is not declared.
     yield Command(sql.SQL("SET LOCAL default_tablespace = ''"))
+    if any(step.build for step in draft.plan.steps) and not report.dry_run:
+        yield from _rehearse(draft, origin, facts, patience, report)
     for step, statement in _statements(draft, cut=False):
         # SHARE lets readers go on; who holds it up is a refresh or an autovacuum.
         yield from politely(origin, patience, lambda step=step, statement=statement: _run(report, step, statement))  # type: ignore[misc]
     mark = report.so_far()
     try:
-        yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark))
-    except psycopg.errors.UndefinedObject:
+        yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark), collisions=_COLLISIONS)
+    except psycopg.errors.InternalError_ as error:
+        # "tuple concurrently updated": somebody granted or altered it just now.
+        raise Changed([str(error.diag.message_primary)]) from error
+    except (psycopg.errors.UndefinedObject, psycopg.errors.UndefinedTable):
         # Perhaps what the plan was made for; else what the definition names.
         yield from require_unchanged(facts.oid, draft.standing)
         raise
 
 
-def _cut(draft: Draft, origin: ResolvedName, facts: ViewFacts, report: Report, mark: int) -> Work[None]:
+def _rehearse(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Patience, report: Report) -> Work[None]:
+    """Try what needs no index that is still to be built, and undo it: what speaks against it shows before they are."""
+    mark = report.so_far()
+    yield Command(sql.SQL("SAVEPOINT rehearsal"))
+    yield from politely(
+        origin,
+        patience,
+        lambda: _cut(draft, origin, facts, report, mark, rehearsal=True),
+        collisions=_COLLISIONS,
+    )
+    # Lets go of the locks that it took.
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT rehearsal"))
+    yield Command(sql.SQL("RELEASE SAVEPOINT rehearsal"))
+    report.forget_since(mark)
+
+
+def _cut(
+    draft: Draft, origin: ResolvedName, facts: ViewFacts, report: Report, mark: int, *, rehearsal: bool = False
+) -> Work[None]:
     assert draft.standing is not None
     report.forget_since(mark)
-    statements = list(_statements(draft, cut=True))
+    statements = [
+        (step, statement) for step, statement in _statements(draft, cut=True) if not (rehearsal and step.build)
+    ]
     if not statements:
         return
     if not report.dry_run:
@@ -101,7 +132,7 @@ def _cut(draft: Draft, origin: ResolvedName, facts: ViewFacts, report: Report, m
         yield from report.run("lock", locking(origin, draft.standing.owner), lock=Lock.ACCESS_EXCLUSIVE)
     for step, statement in statements:
         yield from _run(report, step, statement)
-    if not report.dry_run:
+    if not report.dry_run and not rehearsal:
         yield from require_unchanged(facts.oid, draft.standing)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from airflow_provider_matviews.definition import MatViewDefinition, OnDrift, RowCountStrategy
-from airflow_provider_matviews.exceptions import DriftFound, MissingPrivilege, ViewNotManaged
+from airflow_provider_matviews.exceptions import DriftFound, MissingPrivilege
 from airflow_provider_matviews.names import quote
 from airflow_provider_matviews.services import catalog, row_counts
 from airflow_provider_matviews.services.apply import apply_plan
@@ -19,7 +19,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.instructions import Command, Note, Work
 from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, Patience
 from airflow_provider_matviews.services.picture import restore_settings, speak_plainly
-from airflow_provider_matviews.services.plan import Draft, draft_plan
+from airflow_provider_matviews.services.plan import Draft, draft_plan, not_managed
 from airflow_provider_matviews.services.plan_steps import Lock, Plan
 from airflow_provider_matviews.services.probe import Place, find_place, lacks_schema
 from airflow_provider_matviews.services.rebuild import Beside, build, build_indexes
@@ -64,10 +64,7 @@ def create_view(job: Creating) -> Work[ServiceResponse]:
     """
     view, report = job.view, job.report
     if not job.definition.managed:
-        raise ViewNotManaged(
-            f"{view.display} is declared with managed=False: somebody else makes it; it is only refreshed here.",
-            hint="declare it with managed=True if it is to be created from this definition.",
-        )
+        raise not_managed(view)
     facts = yield from catalog.find_view(job.origin)
     place = yield from find_place(view)
     if facts is None:
@@ -113,6 +110,8 @@ def _draft(job: Creating, facts: ViewFacts | None, place: Place) -> Work[Draft]:
 def _create(job: Creating, place: Place) -> Work[None]:
     view, report = job.view, job.report
     draft = yield from _draft(job, None, place)
+    if draft.errors:
+        raise draft.errors[0]
     picture, beside = draft.target.picture, Beside.nothing(view)
     settings = yield from speak_plainly()
     yield from build(beside, picture, draft.declared.query, job.server, report)

@@ -7,6 +7,7 @@ that is tied to the view's row type, cannot follow.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Literal
 
 from psycopg import sql
 
+from airflow_provider_matviews.names import ViewName, quote
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_all, raw
 from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.response import Report
@@ -71,6 +73,41 @@ def columns_used(oid: int) -> Work[list[tuple[str, str]]]:
     """Return each column of a view that something built on it reads by name, with what that is."""
     rows = yield from fetch_all(_COLUMNS_USED, {"oid": oid})
     return [(row["name"], row["description"]) for row in rows]
+
+
+def bound_by_position(
+    dependents: Sequence[Dependent], view: ViewName, before: Sequence[str], after: Sequence[str]
+) -> list[str]:
+    """Return descriptions of what would silently read other columns of a view whose columns are others.
+
+    PostgreSQL words a list of column aliases by position (``mv m(x, y)``), so that its text means other columns once
+    they stand in another order; that of a join (``(mv JOIN t ...) j(x, y)``) also when there are more or fewer.
+
+    :param view: the view, with its schema.
+    :param before: names of its columns, in order.
+    :param after: what they are to be.
+    """
+    if list(before) == list(after):
+        return []
+    moved = list(after[: len(before)]) != list(before)
+    name = r"\.".join(
+        f"(?:{re.escape(quote(part))}|{_quoted_in_a_pattern(part)})" for part in (view.schema or "", view.name)
+    )
+    listed = re.compile(rf"(?<![\w.\"]){name} {_IDENTIFIER}\(")
+    return [
+        each.description
+        for each in dependents
+        if (moved and listed.search(each.statement)) or _JOIN_WITH_A_LIST.search(each.statement)
+    ]
+
+
+def _quoted_in_a_pattern(name: str) -> str:
+    return re.escape('"' + name.replace('"', '""') + '"')
+
+
+_IDENTIFIER = r'(?:"(?:[^"]|"")+"|[^\W\d][\w$]*)'
+#: Also a subquery with such a list, which need not read the view: rather refused than read wrongly.
+_JOIN_WITH_A_LIST = re.compile(rf"\) {_IDENTIFIER}\(")
 
 
 def set_deadline(deadline: float) -> Work[None]:

@@ -75,6 +75,10 @@ class Operations:
         drift = choice(OnDrift, on_drift, "on_drift")
         check_flag(force, "force")
         check_flag(with_data, "with_data")
+        if force and drift is not OnDrift.APPLY:
+            raise InvalidDefinition(
+                f"force=True builds a view anew, and on_drift={drift.value!r} says not to: give one of them."
+            )
         wanted = _exclusive(definition, exclusive)
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:

@@ -15,13 +15,14 @@ from airflow_provider_matviews.exceptions import (
     MatViewError,
     MissingPrivilege,
     StrategyRefused,
+    ViewNotManaged,
 )
 from airflow_provider_matviews.names import ViewName, quote
 from airflow_provider_matviews.services import alterations, catalog
 from airflow_provider_matviews.services.alterations import Relation
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
 from airflow_provider_matviews.services.dependents import blocking_dependents, columns_used
-from airflow_provider_matviews.services.instructions import Work, fetch_all
+from airflow_provider_matviews.services.instructions import Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.picture import (
     Picture,
     StatisticsPicture,
@@ -37,10 +38,24 @@ from airflow_provider_matviews.services.probe import (
     read_declared,
     reworded,
     same_query,
+    with_expressions_renamed,
 )
 from airflow_provider_matviews.services.rebuild import Beside, creation, naming
-from airflow_provider_matviews.services.replacement import Changed, locking, obstacles, peek, renaming
-from airflow_provider_matviews.services.target import Target, given_to, target_of, with_columns_renamed
+from airflow_provider_matviews.services.replacement import (
+    Changed,
+    locking,
+    obstacles,
+    peek,
+    renaming,
+    require_same_columns_read,
+)
+from airflow_provider_matviews.services.target import (
+    Target,
+    given_to,
+    impossible_grants,
+    target_of,
+    with_columns_renamed,
+)
 
 _IN_THE_REBUILD = "none of its own: the new view is built with it"
 
@@ -92,21 +107,27 @@ def draft_plan(
     """
     if facts is None:
         declared = yield from read_declared(view, definition, place, None)
-        return _draft_creation(view, definition, declared, server, with_data)
+        draft = _draft_creation(view, definition, declared, server, with_data)
+        refused = tuple((yield from _of_the_privileges(view, draft.target.picture, None, server)))
+        refusals = tuple(error.message for error in refused)
+        return replace(draft, errors=refused, plan=replace(draft.plan, refusals=refusals))
     settings = yield from speak_plainly()
     standing = yield from take_picture(facts.oid)
     stored = yield from catalog.query_of(origin)
     yield from restore_settings(settings)
     if standing is None or stored is None:
         raise Changed(["it was dropped"])
-    declared = yield from read_declared(view, definition, place, standing)
+    declared = yield from read_declared(view, definition, place, standing, facts.oid)
     same = yield from same_query(declared, stored, place)
     renamed: dict[str, str] = {}
     if not same:
         renamed = yield from _renamed_columns(standing, stored, declared, place)
     owner = definition.owner or standing.owner
     moving = _moving(view, origin, definition, standing)
-    base = _moved(with_columns_renamed(given_to(standing, owner), renamed), moving, view.schema)
+    named_anew = (
+        (yield from with_expressions_renamed(view, declared, place, standing, renamed)) if renamed else standing
+    )
+    base = _moved(with_columns_renamed(given_to(named_anew, owner), renamed), moving, view.schema)
     target = target_of(view, definition, declared, base, server, origin.name)
     # Beside the one that stands, under its name: what is built on it reads on by that.
     beside = Beside.of(replace(origin, display=view.display))
@@ -130,10 +151,13 @@ def draft_plan(
     columns_change = [(c.name, c.type) for c in standing.columns] != [(c.name, c.type) for c in target.picture.columns]
     errors: list[MatViewError] = []
     notes: list[str] = []
+    if steps and not definition.managed:
+        errors.append(not_managed(view))
     if steps:
+        errors += yield from _of_the_privileges(view, target.picture, standing, server)
         errors += yield from _errors(view, origin, standing, target, server, facts, place, rebuilds=rebuilds)
     if rebuilds and columns_change:
-        more, notes = yield from _of_the_columns(view, standing, target.picture, facts.oid)
+        more, notes = yield from _of_the_columns(view, origin, standing, target.picture, facts.oid)
         errors += more
     exclusive = target_of(view, replace(definition, exclusive=True), declared, base, server, origin.name)
     plan = Plan(
@@ -209,13 +233,6 @@ def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: 
     # A name that goes on with another meaning: what is built on the view would have to be told by name.
     if {column.name for column in new} & set(names) or {column.name for column in old} & set(names.values()):
         return {}
-    for index in standing.indexes:
-        if index.anatomy and index.anatomy.has_expression and set(index.anatomy.reads) & set(names):
-            return {}
-    for statistics in standing.statistics:
-        anatomy = statistics.anatomy
-        if anatomy and anatomy.expressions and set(anatomy.reads) & set(names):
-            return {}
     before = yield from reworded(declared.query, place, [column.name for column in old])
     if before == stored or before == (yield from reworded(stored, place)):
         return names
@@ -229,7 +246,7 @@ def _bodies(
     if not renamed or not definition.all_indexes:
         return {}
     called = {new: old for old, new in renamed.items()}
-    declared = yield from read_declared(view, definition, place, standing, called)
+    declared = yield from read_declared(view, definition, place, standing, called=called)
     bodies = {index.name: alterations.body_of(index) for index in standing.indexes}
     for index, found in zip(definition.all_indexes, declared.indexes, strict=True):
         bodies[index.name_on(view.name)] = alterations.body_of(found)
@@ -477,8 +494,41 @@ def _taken_names(
     ]
 
 
+def not_managed(view: ResolvedName) -> ViewNotManaged:
+    """Return the refusal to make or alter a view that is somebody else's."""
+    return ViewNotManaged(
+        f"{view.display} is declared with managed=False: somebody else makes it; it is only refreshed here.",
+        hint="declare it with managed=True if it is to be created from this definition.",
+    )
+
+
+def _of_the_privileges(
+    view: ResolvedName, picture: Picture, standing: Picture | None, server: ServerFacts
+) -> Work[list[MatViewError]]:
+    errors: list[MatViewError] = [
+        InvalidDefinition(f"{reason}.", hint="declare that one's privilege WITH GRANT OPTION, or leave GRANTED BY out.")
+        for reason in impossible_grants(view, picture)
+    ]
+    if server.version < 170000 or _may_maintain(picture) or (standing is not None and not _may_maintain(standing)):
+        return errors
+    row = yield from fetch_one(sql.SQL("SELECT rolsuper FROM pg_catalog.pg_roles WHERE rolname = current_user"))
+    if row is None or not row["rolsuper"]:
+        errors.append(
+            InvalidDefinition(
+                f"{view.display} could no longer be refreshed: its grants name its owner {quote(picture.owner)}, "
+                "without MAINTAIN.",
+                hint="leave the owner out of the grants: it has every right by itself.",
+            )
+        )
+    return errors
+
+
+def _may_maintain(picture: Picture) -> bool:
+    return any(each.grantee == picture.owner and each.privilege == "MAINTAIN" for each in picture.privileges)
+
+
 def _of_the_columns(
-    view: ResolvedName, standing: Picture, picture: Picture, oid: int
+    view: ResolvedName, origin: ResolvedName, standing: Picture, picture: Picture, oid: int
 ) -> Work[tuple[list[MatViewError], list[str]]]:
     """Return what speaks against other columns: those that go and are used; and notes on those that change."""
     stays = {column.name: column.type for column in picture.columns}
@@ -496,6 +546,10 @@ def _of_the_columns(
                 hint="keep the column in the query, or change those first so that they do without it.",
             )
         )
+    try:
+        require_same_columns_read(origin, (yield from peek(oid)), standing, picture)
+    except DependentsExist as error:
+        errors.append(error)
     notes = [
         f"the column {quote(column)} changes its type, and {_listed(who)} use{_s(who)} it: whether it takes to that "
         "is tried before anything is built"

@@ -131,11 +131,13 @@ def read_declared(
     definition: MatViewDefinition,
     place: Place,
     standing: Picture | None,
+    oid: int | None = None,
     called: Mapping[str, str] | None = None,
 ) -> Work[Declared]:
     """Have the server read a definition.
 
     :param standing: the view that stands, if any: what its indexes have beside what is declared of them is kept.
+    :param oid: its OID.
     :param called: column -> what it is called for the indexes and statistics that are returned.
     :raises InvalidDefinition: when the SQL is not one query, or a column that the definition names does not exist.
     :raises psycopg.Error: what PostgreSQL says of the query, an index, statistics or a parameter.
@@ -143,17 +145,20 @@ def read_declared(
     yield Command(sql.SQL("SAVEPOINT probe"))
     # Under the session's own settings: that is how a person's names are found.
     probe = yield from _make_view(view, definition, place)
+    if oid is not None:
+        yield from _require_no_circle(view, probe, oid)
     settings = yield from speak_plainly()
     text = yield from _text_of(probe)
     columns = tuple(name for name, _ in (yield from catalog.columns_of((yield from _oid_of(probe)))))
     _require_columns(view, definition, columns)
     relation = place.named(_token_name(view.name))
     yield Command(_empty_copy(relation, definition, place) + raw(text.rstrip("; \n") + "\nWITH NO DATA"))
-    oid = yield from _oid_of(relation)
+    copy = yield from _oid_of(relation)
     texts = [text]
     if not place.temporary:
         texts.append((yield from _text_of(relation)))
-    bare = yield from take_picture(oid)
+    yield from _set_columns(definition, relation)
+    bare = yield from take_picture(copy)
     assert bare is not None
     declared = Declared(tuple(texts), bare, (), ())
     if definition.all_indexes or definition.statistics:
@@ -166,7 +171,7 @@ def read_declared(
         for name, other in (called or {}).items():
             rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
             yield Command(rename.format(relation, sql.Identifier(name), sql.Identifier(other)))
-        whole = yield from take_picture(oid)
+        whole = yield from take_picture(copy)
         assert whole is not None
         declared = replace(
             declared,
@@ -182,6 +187,43 @@ def read_declared(
     yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
     yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
     return declared
+
+
+def with_expressions_renamed(
+    view: ResolvedName, declared: Declared, place: Place, standing: Picture, names: Mapping[str, str]
+) -> Work[Picture]:
+    """Return a view's picture with what its indexes and statistics will say once columns have other names.
+
+    Only the server can tell how an expression reads then: they are built on an empty copy, whose columns are renamed.
+
+    :param names: name -> new name.
+    """
+    yield Command(sql.SQL("SAVEPOINT probe"))
+    yield from speak_plainly()
+    relation = place.named(_token_name(view.name))
+    kind = sql.SQL("CREATE {} {} ({}) AS\n").format(
+        sql.SQL("TABLE" if place.temporary else "MATERIALIZED VIEW"),
+        relation,
+        sql.SQL(", ").join(sql.Identifier(column.name) for column in standing.columns),
+    )
+    yield Command(kind + raw(declared.query.rstrip("; \n") + "\nWITH NO DATA"))
+    made = yield from _reword(standing, relation, place, view)
+    for name, other in names.items():
+        rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
+        yield Command(rename.format(relation, sql.Identifier(name), sql.Identifier(other)))
+    whole = yield from take_picture((yield from _oid_of(relation)))
+    assert whole is not None
+    yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
+    yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
+    indexes = {made[each.name]: each.anatomy for each in whole.indexes if each.name in made}
+    statistics = {made[each.name]: each.anatomy for each in whole.statistics if each.name in made}
+    return replace(
+        standing,
+        indexes=tuple(replace(each, anatomy=indexes.get(each.name, each.anatomy)) for each in standing.indexes),
+        statistics=tuple(
+            replace(each, anatomy=statistics.get(each.name, each.anatomy)) for each in standing.statistics
+        ),
+    )
 
 
 def same_query(declared: Declared, standing: str, place: Place) -> Work[bool]:
@@ -258,9 +300,8 @@ def _oid_of(relation: sql.Identifier) -> Work[int]:
 
 
 def _empty_copy(relation: sql.Identifier, definition: MatViewDefinition, place: Place) -> sql.Composable:
-    if place.temporary:
-        return sql.SQL("CREATE TABLE {} AS\n").format(relation)
-    return sql.SQL("CREATE MATERIALIZED VIEW {}{}{}{} AS\n").format(
+    return sql.SQL("CREATE {} {}{}{}{} AS\n").format(
+        sql.SQL("TABLE" if place.temporary else "MATERIALIZED VIEW"),
         relation,
         sql.SQL(" USING {}").format(sql.Identifier(definition.access_method))
         if definition.access_method
@@ -268,6 +309,49 @@ def _empty_copy(relation: sql.Identifier, definition: MatViewDefinition, place: 
         with_clause(definition.storage_parameters),
         tablespace_clause(definition.tablespace),
     )
+
+
+def _set_columns(definition: MatViewDefinition, relation: sql.Identifier) -> Work[None]:
+    for column in definition.columns:
+        for verb, word in (("STORAGE", column.storage), ("COMPRESSION", column.compression)):
+            if word is not None:
+                alter = sql.SQL("ALTER TABLE {} ALTER COLUMN {} SET ").format(relation, sql.Identifier(column.name))
+                yield Command(alter + raw(f"{verb} {word}"))
+
+
+def _require_no_circle(view: ResolvedName, probe: sql.Identifier, oid: int) -> Work[None]:
+    """Refuse a query that reads the view that it is to be the query of, through plain views and functions too."""
+    row = yield from fetch_one(_READS_ITSELF, {"probe": probe.as_string(None), "oid": oid})
+    if row is not None and row["found"]:
+        raise InvalidDefinition(
+            f"{view.display} would read itself: what its query reads is built on it.",
+            hint="name the tables, or another materialized view; a view cannot be made of its own rows.",
+        )
+
+
+# Through plain views, SQL-standard functions and row types; not through materialized views, which hold their own rows.
+_READS_ITSELF = sql.SQL(
+    """
+    WITH RECURSIVE reads (classid, objid) AS (
+        SELECT 'pg_class'::regclass::oid, %(probe)s::regclass::oid
+        UNION
+        SELECT d.refclassid, d.refobjid
+        FROM reads r CROSS JOIN LATERAL (
+            SELECT 'pg_rewrite'::regclass::oid AS classid, w.oid AS objid
+            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_rewrite w ON w.ev_class = c.oid
+            WHERE r.classid = 'pg_class'::regclass AND c.oid = r.objid AND c.relkind = 'v'
+            UNION ALL
+            SELECT r.classid, r.objid WHERE r.classid = 'pg_proc'::regclass
+        ) AS step JOIN pg_catalog.pg_depend d ON d.classid = step.classid AND d.objid = step.objid
+        WHERE d.refclassid IN ('pg_class'::regclass, 'pg_proc'::regclass, 'pg_type'::regclass)
+    )
+    SELECT EXISTS (
+        SELECT FROM reads LEFT JOIN pg_catalog.pg_type t ON reads.classid = 'pg_type'::regclass AND t.oid = reads.objid
+        LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem
+        WHERE (reads.classid = 'pg_class'::regclass AND reads.objid = %(oid)s) OR %(oid)s IN (t.typrelid, e.typrelid)
+    ) AS found
+    """
+)
 
 
 def _make_indexes(
@@ -280,8 +364,9 @@ def _make_indexes(
         names.append(name)
         index, kept = said, stands.get(said.name_on(view.name))
         if kept is not None and kept.anatomy is not None and not definition.exclusive:
+            has = kept.anatomy.options if kept.anatomy.shape.method == said.method else ()
             options: Mapping[str, ParameterValue] = {
-                **dict(option.split("=", 1) for option in kept.anatomy.options),
+                **dict(option.split("=", 1) for option in has),
                 **index.storage_parameters,
             }
             index = replace(index, storage_parameters=options, tablespace=index.tablespace or kept.tablespace)

@@ -134,6 +134,12 @@ def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, rep
                     f"row by the view's name ({error.diag.message_primary}).",
                     hint="build that index over columns, or drop it.",
                 ) from error
+            except psycopg.Error as error:
+                error.add_note(
+                    f"That is what the index {index.name} of {beside.view.display} meets on the new view: drop it, or "
+                    "declare it as it can be."
+                )
+                raise
         yield Command(sql.SQL("ROLLBACK TO SAVEPOINT indexes"))
         yield Command(sql.SQL("RELEASE SAVEPOINT indexes"))
 
@@ -152,8 +158,14 @@ def build_indexes(beside: Beside, picture: Picture, report: Report) -> Work[None
     yield from restore_settings({"search_path": path})
     for position, index in enumerate(picture.indexes):
         place = (position + 1, len(picture.indexes))
-        for statement in _index(beside, position, picture):
-            yield from report.run(f"index {index.name}", Command(raw(statement)), place)
+        try:
+            for statement in _index(beside, position, picture):
+                yield from report.run(f"index {index.name}", Command(raw(statement)), place)
+        except psycopg.errors.UniqueViolation as error:
+            error.add_note(
+                f"That is the index {index.name} of {beside.view.display}: the rows are not as unique as it."
+            )
+            raise
     yield from restore_settings(before)
 
 

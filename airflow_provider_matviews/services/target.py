@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from airflow_provider_matviews.definition import Column, ExtendedStatistics, Index, MatViewDefinition
-from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.names import ViewName, quote
 from airflow_provider_matviews.parts import Grant
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.ddl import parameter_text
@@ -24,8 +24,6 @@ from airflow_provider_matviews.services.picture import (
 from airflow_provider_matviews.services.probe import Declared
 
 _REPLICA_IDENTITY = {"default": "d", "nothing": "n", "full": "f"}
-_STORAGE = {"plain": "p", "external": "e", "main": "m", "extended": "x"}
-_COMPRESSION = {"pglz": "p", "lz4": "l"}
 _TRUE, _FALSE = {"true", "on", "yes"}, {"false", "off", "no"}
 _COLUMN_RIGHTS = frozenset({"SELECT", "INSERT", "UPDATE", "REFERENCES"})
 
@@ -58,7 +56,7 @@ def target_of(
         where none stands.
     :param origin: the name that the view has, where it is to be renamed.
     """
-    exclusive = definition.exclusive
+    exclusive, fresh = definition.exclusive, base is None
     if base is None:
         base = given_to(declared.bare, definition.owner or declared.bare.owner)
     gone = {column.name for column in base.columns} - set(declared.column_names)
@@ -67,13 +65,6 @@ def target_of(
     identity = "d" if exclusive else base.replica_identity
     if definition.replica_identity is not None:
         identity = _REPLICA_IDENTITY[definition.replica_identity]
-    if any(index.replica_identity for index in definition.indexes):
-        identity = "i"
-    elif any(index.replica_identity for index in base.indexes) and not any(each.replica_identity for each in indexes):
-        # Its index goes.
-        identity = "d"
-    if identity != "i":
-        indexes = [replace(index, replica_identity=False) for index in indexes]
     toast = {name[6:]: value for name, value in definition.storage_parameters.items() if name.startswith("toast.")}
     bare = declared.bare
     rights = own_rights(server)
@@ -86,7 +77,9 @@ def target_of(
             toast_options=_options(base.toast_options, bare.toast_options, toast, exclusive),
             comment=definition.comment if definition.comment is not None or exclusive else base.comment,
             replica_identity=identity,
-            privileges=_privileges(base.privileges, definition.grants, base.owner, rights, exclusive, whole=True),
+            privileges=_privileges(
+                base.privileges, definition.grants, base.owner, rights, exclusive, whole=True, fresh=fresh
+            ),
             labels=_labels(base.labels, definition.security_labels, exclusive),
             columns=tuple(_columns(definition, declared, base, exclusive)),
             indexes=tuple(sorted(indexes, key=lambda index: index.name)),
@@ -96,6 +89,23 @@ def target_of(
         index_names,
         {**doomed, **doomed_statistics},
     )
+
+
+def impossible_grants(view: ResolvedName, picture: Picture) -> list[str]:
+    """Return the privileges that nobody could grant as they are declared, each a sentence.
+
+    The server would only warn, and grant nothing (https://www.postgresql.org/docs/current/sql-grant.html).
+    """
+    whole = [(each, None) for each in picture.privileges]
+    parts = [(each, column.name) for column in picture.columns for each in column.privileges]
+    every: list[tuple[Privilege, str | None]] = [*whole, *parts]
+    able = {(each.grantee, each.privilege, column) for each, column in every if each.grantable}
+    return [
+        f"{view.display} cannot have {each.privilege} granted by {quote(each.grantor)}, who may not grant it"
+        for each, column in every
+        if each.grantor != picture.owner
+        and not {(each.grantor, each.privilege, place) for place in (None, column)} & able
+    ]
 
 
 def own_rights(server: ServerFacts) -> frozenset[str]:
@@ -152,7 +162,7 @@ def given_to(picture: Picture, owner: str) -> Picture:
 def with_columns_renamed(picture: Picture, names: Mapping[str, str]) -> Picture:
     """Return a view's picture once columns have other names.
 
-    :param names: name -> new name; none of them is read by an expression of an index or of statistics.
+    :param names: name -> new name; what an expression says of them says so already.
     """
     if not names:
         return picture
@@ -203,10 +213,12 @@ def _privileges(
     all_rights: frozenset[str],
     exclusive: bool,
     whole: bool,
+    fresh: bool = False,
 ) -> tuple[Privilege, ...]:
     """Return the privileges that should be.
 
     :param whole: on the whole view, where its owner has everything unless something else is said.
+    :param fresh: on a view that does not stand: whoever is named gets what is named, whatever default privileges give.
     """
     wanted: dict[tuple[str | None, str, str], Privilege] = {}
     for role, texts in grants.items():
@@ -218,7 +230,8 @@ def _privileges(
                     wanted[_key(privilege)] = privilege
     result = dict(wanted)
     for each in base:
-        if each.grantee is not None and tuple(grants.get(each.grantee, ())) == ("NONE",):
+        named = grants.get(each.grantee or "public")
+        if named is not None and (tuple(named) == ("NONE",) or fresh) and _key(each) not in wanted:
             continue
         if _key(each) in wanted:
             # More than was asked is left alone like all that was not asked for.
@@ -266,8 +279,9 @@ def _columns(
         yield replace(
             column,
             comment=column.comment if said.comment is None else said.comment,
-            storage=_STORAGE[said.storage] if said.storage else column.storage,
-            compression=_COMPRESSION[said.compression] if said.compression else column.compression,
+            # As the server keeps them: what is the type's own way is no setting.
+            storage=fresh.storage if said.storage else column.storage,
+            compression=fresh.compression if said.compression else column.compression,
             statistics=column.statistics if said.statistics is None else said.statistics,
             options=_options(
                 column.options,
@@ -316,10 +330,9 @@ def _indexes(
             doomed[former.name] = under
         else:
             result.append(former)
-    for attribute in ("clustered", "replica_identity"):
-        if any(getattr(index, attribute) for index in definition.indexes):
-            said = [getattr(index, attribute) for index, _, _ in wanted] + [False] * len(result)
-            result = [replace(each, **{attribute: says}) for each, says in zip(result, said, strict=False)]
+    if any(index.clustered for index in definition.indexes):
+        marks = [index.clustered for index, _, _ in wanted] + [False] * len(result)
+        result = [replace(each, clustered=mark) for each, mark in zip(result, marks, strict=False)]
     return names, result, doomed
 
 
@@ -336,7 +349,8 @@ def _index(
     targets = dict(kept.statistics) if former is not None and same and not exclusive else {}
     anatomy = found.anatomy
     if former is not None and former.anatomy is not None and anatomy is not None:
-        options = _options(former.anatomy.options, anatomy.options, options_of(anatomy.options), exclusive)
+        has = former.anatomy.options if former.anatomy.shape.method == anatomy.shape.method else ()
+        options = _options(has, anatomy.options, options_of(anatomy.options), exclusive)
         if same:
             anatomy = former.anatomy
         if options != anatomy.options:
@@ -349,8 +363,8 @@ def _index(
         tablespace=found.tablespace if index.tablespace or former is None or exclusive else former.tablespace,
         statistics=tuple(sorted({**targets, **dict(said)}.items())),
         comment=index.comment if index.comment is not None else (None if exclusive else kept.comment),
-        clustered=index.clustered or kept.clustered,
-        replica_identity=index.replica_identity or kept.replica_identity,
+        # CLUSTER takes neither every method nor a partial index.
+        clustered=index.clustered or (kept.clustered and same),
         extensions=tuple(sorted({*kept.extensions, *index.depends_on_extensions})),
     )
 
