@@ -424,7 +424,12 @@ def test_what_names_columns_by_position_never_reads_others_in_silence(each_db: D
     )
     hook.create(MatViewDefinition(name="mv", sql="SELECT a, b FROM t"))
     each_db.execute(*_BY_POSITION)
-    named = ["function counted()", "policy seen on table guarded", "view joined", "view listed"]
+    named = [
+        "function public.counted()",
+        "policy seen on table public.guarded",
+        "view public.joined",
+        "view public.listed",
+    ]
     for columns in ("nextval('ticks')::integer AS id, a, b", "b, a"):
         changed = MatViewDefinition(name="mv", sql=f"SELECT {columns} FROM t")
         (refusal,) = hook.plan(changed).refusals
@@ -436,7 +441,7 @@ def test_what_names_columns_by_position_never_reads_others_in_silence(each_db: D
     last = MatViewDefinition(name="mv", sql="SELECT a, b, id FROM t")
     with pytest.raises(DependentsExist) as raised:
         hook.create(last)
-    assert raised.value.dependents == ("view joined",)
+    assert raised.value.dependents == ("view public.joined",)
     assert each_db.value("SELECT is_called FROM ticks") is False
     each_db.execute("DROP VIEW joined")
     assert hook.create(last).status == "updated"
@@ -533,7 +538,8 @@ def test_a_change_in_place_that_cannot_be_is_found_before_an_index_is_built(each
     hook = hook_on(each_db)
     each_db.execute(
         "CREATE SEQUENCE ticks",
-        "CREATE FUNCTION counted(integer) RETURNS integer LANGUAGE sql IMMUTABLE AS $$SELECT nextval('ticks')::int$$",
+        "CREATE FUNCTION counted(integer) RETURNS integer LANGUAGE sql IMMUTABLE AS "
+        "$$SELECT nextval('public.ticks')::int$$",
         "CREATE TABLE taken (a integer)",
     )
     text = "SELECT n AS a FROM generate_series(1, 3) n"

@@ -588,3 +588,103 @@ def test_an_expression_that_the_server_words_in_another_way_makes_no_drift(each_
         assert hook.plan(definition).steps == ()
     other = MatViewDefinition(**{**by_hand.to_dict(), "indexes": [], "statistics": [], "exclusive": True})
     assert [step.kind for step in hook.plan(other).steps] == ["drop index", "drop statistics"]
+
+
+def test_what_is_a_types_own_way_of_storage_is_no_setting(each_db: Database) -> None:
+    hook = hook_on(each_db)
+    definition = MatViewDefinition(
+        name="mv",
+        sql="SELECT 'x'::text AS s, 1.5::numeric AS n, 1 AS i",
+        columns=[
+            Column(name="s", storage="extended", compression="pglz"),
+            Column(name="n", storage="main"),
+            Column(name="i", storage="plain"),
+        ],
+    )
+    hook.create(definition)
+    assert hook.plan(definition).steps == ()
+    each_db.execute("ALTER MATERIALIZED VIEW mv ALTER s SET STORAGE EXTERNAL")
+    assert [step.kind for step in hook.plan(definition).steps] == ["column settings"]
+    assert hook.create(definition).status == "updated"
+    assert hook.plan(definition).steps == ()
+    wrong = MatViewDefinition(name="mv", sql=definition.sql, columns=[Column(name="i", storage="external")])
+    with pytest.raises(psycopg.errors.FeatureNotSupported, match="integer"):
+        hook.plan(wrong)
+
+
+def test_a_grant_that_nobody_could_give_is_refused(each_db: Database) -> None:
+    hook, clerk, reader = hook_on(each_db), each_db.role(), each_db.role()
+    grants = {clerk: ["SELECT"], reader: [f"SELECT GRANTED BY {clerk}"]}
+    impossible = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants=grants)
+    for standing in (False, True):
+        if standing:
+            hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+        (refusal,) = hook.plan(impossible).refusals
+        assert refusal == f"mv cannot have SELECT granted by {clerk}, who may not grant it."
+        with pytest.raises(InvalidDefinition, match="who may not grant it"):
+            hook.create(impossible)
+
+
+def test_an_owner_is_not_kept_from_refreshing_its_own_view(each_db: Database) -> None:
+    superuser, owner = hook_on(each_db), each_db.role()
+    with each_db.connect() as connection:
+        connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
+        connection.execute(
+            sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(sql.Identifier(each_db.name), sql.Identifier(owner))
+        )
+    hook = hook_on(each_db, owner)
+    plain = MatViewDefinition(name="mv", sql="SELECT 1 AS a")
+    narrow = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants={owner: ["SELECT"]})
+    if each_db.server.major >= 17:
+        for standing in (False, True):
+            if standing:
+                hook.create(plain)
+            with pytest.raises(InvalidDefinition, match="could no longer be refreshed"):
+                hook.create(narrow)
+    else:
+        hook.create(narrow)
+        assert hook.plan(narrow).steps == ()
+    assert hook.refresh("mv").status == "updated"
+    assert superuser.plan(plain).refusals == ()
+
+
+def test_who_may_not_become_the_owner_is_told_before_anything_is_built(each_db: Database) -> None:
+    if each_db.server.major < 16:
+        pytest.skip("membership has had options of its own since PostgreSQL 16")
+    superuser, owner, role = hook_on(each_db), each_db.role(), each_db.role()
+    each_db.execute("CREATE SEQUENCE ticks", "GRANT ALL ON SEQUENCE ticks TO PUBLIC")
+    with each_db.connect() as connection:
+        for each in (owner, role):
+            connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(each)))
+        connection.execute(
+            sql.SQL("GRANT {} TO {} WITH INHERIT TRUE, SET FALSE").format(sql.Identifier(owner), sql.Identifier(role))
+        )
+        connection.execute(
+            sql.SQL("GRANT CREATE ON DATABASE {} TO {}").format(sql.Identifier(each_db.name), sql.Identifier(role))
+        )
+    superuser.create(MatViewDefinition(name="mv", sql="SELECT 1::bigint AS a", owner=owner))
+    with each_db.connect() as connection:
+        connection.execute(sql.SQL("GRANT USAGE, CREATE ON SCHEMA matviews TO {}").format(sql.Identifier(role)))
+    changed = MatViewDefinition(name="mv", sql="SELECT nextval('ticks') AS a")
+    theirs = hook_on(each_db, role, tracking_schema="theirs")
+    (refusal,) = theirs.plan(changed).refusals
+    assert "may not SET ROLE to its owner" in refusal
+    with pytest.raises(StrategyRefused, match="may not SET ROLE to its owner"):
+        theirs.create(changed)
+    assert each_db.value("SELECT is_called FROM ticks") is False
+
+
+def test_without_create_on_the_schema_all_is_compared_as_well(each_db: Database) -> None:
+    hook, owner = hook_on(each_db), each_db.role()
+    with each_db.connect() as connection:
+        connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
+    definition = MatViewDefinition(
+        name="mv", sql="SELECT 1 AS a", owner=owner, storage_parameters={"fillfactor": 80}, unique_index_columns=["a"]
+    )
+    hook.create(definition)
+    with each_db.connect() as connection:
+        connection.execute(sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(sql.Identifier(owner)))
+    theirs = hook_on(each_db, owner)
+    assert theirs.plan(definition, exclusive=True).steps == ()
+    other = MatViewDefinition(**{**definition.to_dict(), "indexes": [], "storage_parameters": {"fillfactor": 70}})
+    assert [step.kind for step in theirs.plan(other).steps] == ["storage parameters"]

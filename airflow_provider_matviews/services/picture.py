@@ -39,10 +39,12 @@ class ColumnPicture:
     """A column with its settings; None for a setting left at its default.
 
     :ivar type: identifies it whatever the search path, which differs between the connections.
+    :ivar usual_storage: its type's own.
     """
 
     name: str
     type: str
+    usual_storage: str
     storage: str | None
     compression: str | None
     statistics: int | None

@@ -38,7 +38,7 @@ _COLUMNS = _list(
     f"""(
     SELECT jsonb_agg(jsonb_build_object(
         'name', a.attname, 'type', tn.nspname || '.' || t.typname || ' ' || a.atttypmod || ' ' || a.attcollation,
-        'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage END,
+        'usual_storage', t.typstorage, 'storage', CASE WHEN a.attstorage <> t.typstorage THEN a.attstorage END,
         'compression', nullif(a.attcompression, ''),
         'statistics', CASE WHEN a.attstattarget >= 0 THEN a.attstattarget END,
         'options', {_COLUMN_OPTIONS}, 'comment', col_description(c.oid, a.attnum),

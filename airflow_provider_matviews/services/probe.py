@@ -21,6 +21,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.ddl import create_index, create_statistics, tablespace_clause, with_clause
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_one, raw
 from airflow_provider_matviews.services.picture import (
+    IndexAnatomy,
     IndexPicture,
     IndexShape,
     Picture,
@@ -211,12 +212,40 @@ def with_expressions_renamed(
     for name, other in names.items():
         rename = sql.SQL("ALTER TABLE {} RENAME COLUMN {} TO {}")
         yield Command(rename.format(relation, sql.Identifier(name), sql.Identifier(other)))
-    whole = yield from take_picture((yield from _oid_of(relation)))
+    copy = yield from _oid_of(relation)
+    whole = yield from take_picture(copy)
     assert whole is not None
+    # What is declared, in the server's second words too: only those can be compared with what came of its own.
+    said = replace(whole, indexes=declared.indexes, statistics=declared.statistics)
+    again = yield from _reword(said, relation, place, view)
+    both = yield from take_picture(copy)
+    assert both is not None
     yield Command(sql.SQL("ROLLBACK TO SAVEPOINT probe"))
     yield Command(sql.SQL("RELEASE SAVEPOINT probe"))
-    indexes = {made[each.name]: each.anatomy for each in whole.indexes if each.name in made}
-    statistics = {made[each.name]: each.anatomy for each in whole.statistics if each.name in made}
+    first_words = {index.name: index.anatomy for index in declared.indexes}
+    second_words = {
+        each.anatomy.shape: first_words[again[each.name]]
+        for each in both.indexes
+        if each.name in again and each.anatomy is not None
+    }
+    first_stats = {each.name: each.anatomy for each in declared.statistics}
+    second_stats = {
+        each.anatomy.made_of: first_stats[again[each.name]]
+        for each in both.statistics
+        if each.name in again and each.anatomy is not None
+    }
+    indexes: dict[str, IndexAnatomy | None] = {}
+    for index in whole.indexes:
+        if index.name in made and index.anatomy is not None:
+            words = second_words.get(index.anatomy.shape)
+            # The words of the definition, and all else as it is.
+            shape = index.anatomy.shape if words is None else words.shape
+            indexes[made[index.name]] = replace(index.anatomy, shape=shape)
+    statistics = {
+        made[each.name]: second_stats.get(each.anatomy.made_of) or each.anatomy
+        for each in whole.statistics
+        if each.name in made and each.anatomy is not None
+    }
     return replace(
         standing,
         indexes=tuple(replace(each, anatomy=indexes.get(each.name, each.anatomy)) for each in standing.indexes),
@@ -373,12 +402,19 @@ def _make_indexes(
         try:
             yield Command(create_index(index, name, relation))
         except psycopg.errors.UndefinedTable as error:
+            if not is_whole_row(error):
+                raise
             raise InvalidDefinition(
                 f"The index {said.name_on(view.name)} of {view.display} cannot be declared: "
                 f"{error.diag.message_primary}.",
                 hint="an expression that names the whole row by the view's name works for one view only; name columns.",
             ) from error
     return names
+
+
+def is_whole_row(error: psycopg.errors.UndefinedTable) -> bool:
+    """Return whether an index was refused because it names the whole row by the name of another view."""
+    return error.diag.context is None and error.diag.statement_position is not None
 
 
 def _reword(

@@ -34,6 +34,7 @@ from airflow_provider_matviews.services.picture import (
     restore_settings,
     speak_plainly,
 )
+from airflow_provider_matviews.services.probe import is_whole_row
 from airflow_provider_matviews.services.response import Report
 
 
@@ -128,13 +129,13 @@ def build(beside: Beside, picture: Picture, query: str, server: ServerFacts, rep
             try:
                 for statement in _index(beside, position, picture):
                     yield Command(raw(statement))
-            except psycopg.errors.UndefinedTable as error:
-                raise StrategyRefused(
-                    f"{beside.view.display} cannot be rebuilt beside itself: its index {index.name} names the whole "
-                    f"row by the view's name ({error.diag.message_primary}).",
-                    hint="build that index over columns, or drop it.",
-                ) from error
             except psycopg.Error as error:
+                if isinstance(error, psycopg.errors.UndefinedTable) and is_whole_row(error):
+                    raise StrategyRefused(
+                        f"{beside.view.display} cannot be rebuilt beside itself: its index {index.name} names the "
+                        f"whole row by the view's name ({error.diag.message_primary}).",
+                        hint="build that index over columns, or drop it.",
+                    ) from error
                 error.add_note(
                     f"That is what the index {index.name} of {beside.view.display} meets on the new view: drop it, or "
                     "declare it as it can be."

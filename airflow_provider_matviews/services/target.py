@@ -336,6 +336,13 @@ def _indexes(
     return names, result, doomed
 
 
+def _can_be_clustered(index: IndexPicture) -> bool:
+    # The methods of PostgreSQL that CLUSTER takes (pg_indexam_has_property); never a partial index.
+    if index.anatomy is None:
+        return False
+    return index.anatomy.shape.method in ("btree", "gist") and index.anatomy.shape.predicate is None
+
+
 def _under(thing: IndexPicture | StatisticsPicture, gone: Collection[str]) -> tuple[str, ...]:
     return () if thing.anatomy is None else tuple(column for column in thing.anatomy.reads if column in gone)
 
@@ -363,8 +370,7 @@ def _index(
         tablespace=found.tablespace if index.tablespace or former is None or exclusive else former.tablespace,
         statistics=tuple(sorted({**targets, **dict(said)}.items())),
         comment=index.comment if index.comment is not None else (None if exclusive else kept.comment),
-        # CLUSTER takes neither every method nor a partial index.
-        clustered=index.clustered or (kept.clustered and same),
+        clustered=index.clustered or (kept.clustered and (same or _can_be_clustered(found))),
         extensions=tuple(sorted({*kept.extensions, *index.depends_on_extensions})),
     )
 

@@ -87,6 +87,14 @@ def indexes(
             yield _index_anew(relation, now, position, former, index, body, what)
         else:
             yield from _index_altered(relation, former, index)
+            if former.clustered and not any(each.clustered for each in after.indexes):
+                yield PlanStep(
+                    StepKind.ALTER_INDEX,
+                    f"index {quote(index.name)}",
+                    "nothing declares its CLUSTER mark",
+                    cut=(text(relation.alter() + sql.SQL("SET WITHOUT CLUSTER")),),
+                    lock=Lock.ACCESS_EXCLUSIVE,
+                )
     for former in stands.values():
         under = doomed.get(former.name)
         yield PlanStep(
@@ -94,14 +102,6 @@ def indexes(
             f"index {quote(former.name)}",
             f"it reads the column {', '.join(map(quote, under))}, which goes" if under else "nothing declares it",
             cut=(text(sql.SQL("DROP INDEX {}").format(relation.beside(former.name))),),
-            lock=Lock.ACCESS_EXCLUSIVE,
-        )
-    if any(index.clustered for index in before.indexes) and not any(index.clustered for index in after.indexes):
-        yield PlanStep(
-            StepKind.ALTER_INDEX,
-            "the CLUSTER mark",
-            "nothing declares it",
-            cut=(text(relation.alter() + sql.SQL("SET WITHOUT CLUSTER")),),
             lock=Lock.ACCESS_EXCLUSIVE,
         )
 
@@ -142,7 +142,8 @@ def _index_anew(
     ending = f"_mv_{secrets.token_hex(4)}_{position}"
     made = shorten(index.name, MAX_IDENTIFIER_BYTES - len(ending)) + ending
     rename = sql.SQL("ALTER INDEX {} RENAME TO {}").format(relation.beside(made), sql.Identifier(index.name))
-    # The old one's mark goes with it.
+    if former.clustered and not index.clustered:
+        why += "; its CLUSTER mark goes with it"
     return PlanStep(
         StepKind.CHANGE_INDEX if former.valid else StepKind.REPAIR_INDEX,
         f"index {quote(former.name)}",

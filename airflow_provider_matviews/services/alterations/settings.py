@@ -27,7 +27,8 @@ def bare(picture: Picture) -> Picture:
         replica_identity="d",
         labels=(),
         columns=tuple(
-            ColumnPicture(column.name, column.type, None, None, None, (), None, (), ()) for column in picture.columns
+            ColumnPicture(column.name, column.type, column.usual_storage, None, None, None, (), None, (), ())
+            for column in picture.columns
         ),
         indexes=(),
         statistics=(),
@@ -105,7 +106,8 @@ def _column(relation: Relation, before: ColumnPicture, after: ColumnPicture) -> 
     statements: list[str] = []
     lock = Lock.SHARE_UPDATE_EXCLUSIVE
     if before.storage != after.storage:
-        word = _STORAGE[after.storage] if after.storage else "DEFAULT"
+        # Not DEFAULT, which PostgreSQL 15 does not know.
+        word = _STORAGE[after.storage or after.usual_storage]
         said.append(f"storage {word}")
         statements.append(text(alter + sql.SQL("SET STORAGE ") + raw(word)))
         lock = Lock.ACCESS_EXCLUSIVE
