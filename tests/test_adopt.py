@@ -362,9 +362,9 @@ def test_a_view_is_found_as_every_other_operation_finds_it(db: Database) -> None
         ),
     ],
 )
-def test_what_no_definition_can_say_is_noted(each_db: Database, statements: list[Any], note: str) -> None:
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", *statements)
-    definition, notes = adopted(each_db, "mv")
+def test_what_no_definition_can_say_is_noted(db: Database, statements: list[Any], note: str) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", *statements)
+    definition, notes = adopted(db, "mv")
     assert [note in each for each in notes] == [True]
     # The rest is declared all the same.
     assert {index.name for index in definition.indexes} | {each.name for each in definition.statistics} == {
@@ -372,21 +372,21 @@ def test_what_no_definition_can_say_is_noted(each_db: Database, statements: list
     }
 
 
-def test_an_invalid_index_is_declared_as_it_should_be_and_noted(each_db: Database) -> None:
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a UNION ALL SELECT 1")
+def test_an_invalid_index_is_declared_as_it_should_be_and_noted(db: Database) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a UNION ALL SELECT 1")
     with pytest.raises(psycopg.errors.UniqueViolation):
-        each_db.execute("CREATE UNIQUE INDEX CONCURRENTLY i ON mv (a)")
-    definition, notes = adopted(each_db, "mv")
+        db.execute("CREATE UNIQUE INDEX CONCURRENTLY i ON mv (a)")
+    definition, notes = adopted(db, "mv")
     assert definition.indexes == (Index(name="i", columns=["a"], unique=True),)
     assert notes == [
         "its index i is INVALID (a build of it failed half-way): declared as it should be, and to be built anew"
     ]
-    assert [step.kind for step in hook_on(each_db).plan(definition).steps] == [StepKind.REPAIR_INDEX]
+    assert [step.kind for step in hook_on(db).plan(definition).steps] == [StepKind.REPAIR_INDEX]
 
 
-def test_a_view_of_an_extension_is_not_managed(each_db: Database, capsys: pytest.CaptureFixture[str]) -> None:
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "ALTER EXTENSION plpgsql ADD MATERIALIZED VIEW mv")
-    hook = hook_on(each_db)
+def test_a_view_of_an_extension_is_not_managed(db: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "ALTER EXTENSION plpgsql ADD MATERIALIZED VIEW mv")
+    hook = hook_on(db)
     definition = hook.adopt()["public.mv"]
     assert (definition.managed, definition.depends_on_extensions) == (False, ())
     assert MatViewDefinition.from_sql(definition.to_sql()) == definition
@@ -396,21 +396,21 @@ def test_a_view_of_an_extension_is_not_managed(each_db: Database, capsys: pytest
     assert line in capsys.readouterr().out
 
 
-def test_a_view_that_no_definition_can_hold_is_refused_by_name(each_db: Database) -> None:
-    each_db.execute(
+def test_a_view_that_no_definition_can_hold_is_refused_by_name(db: Database) -> None:
+    db.execute(
         'CREATE ACCESS METHOD "Odd" TYPE INDEX HANDLER hashhandler',
         'CREATE OPERATOR CLASS o DEFAULT FOR TYPE integer USING "Odd" AS OPERATOR 1 =, FUNCTION 1 hashint4(integer)',
         "CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a",
         'CREATE INDEX ON mv USING "Odd" (a)',
     )
     with pytest.raises(WouldBeLost, match="mv has what no definition can say: method='Odd' is not the name") as raised:
-        hook_on(each_db).adopt()
+        hook_on(db).adopt()
     assert len(raised.value.attachments) == 1
 
 
 def test_security_labels_are_declared() -> None:
     # No provider is at hand to make one.
-    column = adopt.ColumnPicture("a", "", None, None, None, (), None, (), (Label("p", "secret"), Label("q", " ")))
+    column = adopt.ColumnPicture("a", "", "x", None, None, None, (), None, (), (Label("p", "secret"), Label("q", " ")))
     bare = Picture("o", "heap", None, (), (), None, "d", (), (Label("p", "top secret"),), (column,), (), (), ())
     notes: list[str] = []
     definition = adopt.definition_from(
@@ -477,8 +477,8 @@ def test_a_column_of_which_nothing_was_granted_says_nothing_of_its_owner() -> No
 # -- Which view reads which
 
 
-def test_a_view_depends_on_those_it_reads_through_views_functions_and_types(each_db: Database) -> None:
-    each_db.execute(
+def test_a_view_depends_on_those_it_reads_through_views_functions_and_types(db: Database) -> None:
+    db.execute(
         "CREATE SCHEMA other",
         "CREATE MATERIALIZED VIEW z AS SELECT 1 AS a",
         "CREATE VIEW v1 AS SELECT a FROM z",
@@ -492,7 +492,7 @@ def test_a_view_depends_on_those_it_reads_through_views_functions_and_types(each
         "CREATE FUNCTION g(z) RETURNS integer IMMUTABLE LANGUAGE sql AS 'SELECT 1'",
         "CREATE MATERIALIZED VIEW u AS SELECT g(NULL) AS a, NULL::x[] AS b",
     )
-    definitions = hook_on(each_db).adopt()
+    definitions = hook_on(db).adopt()
     assert {name: definition.depends_on for name, definition in definitions.items()} == {
         "public.z": (),
         "public.x": ('other."Y"',),
@@ -503,11 +503,11 @@ def test_a_view_depends_on_those_it_reads_through_views_functions_and_types(each
     assert (
         list(definitions).index("public.z") < list(definitions).index("public.x") < list(definitions).index("public.w")
     )
-    assert definition_of(each_db, 'other."Y"').depends_on == ("public.z",)
+    assert definition_of(db, 'other."Y"').depends_on == ("public.z",)
 
 
-def test_views_that_read_each_other_in_a_circle_can_be_loaded(each_db: Database, tmp_path: Path) -> None:
-    each_db.execute(
+def test_views_that_read_each_other_in_a_circle_can_be_loaded(db: Database, tmp_path: Path) -> None:
+    db.execute(
         "CREATE VIEW v AS SELECT 1 AS a",
         "CREATE MATERIALIZED VIEW one AS SELECT a FROM v",
         "CREATE VIEW w AS SELECT a FROM one",
@@ -518,7 +518,7 @@ def test_views_that_read_each_other_in_a_circle_can_be_loaded(each_db: Database,
         "CREATE MATERIALIZED VIEW self AS SELECT a FROM narcissus",
         "CREATE OR REPLACE VIEW narcissus AS SELECT a FROM self",
     )
-    hook = hook_on(each_db)
+    hook = hook_on(db)
     definitions = hook.adopt(folder=tmp_path)
     assert load_definitions(tmp_path) == definitions
     assert {name: definition.depends_on for name, definition in definitions.items()} == {
@@ -529,12 +529,10 @@ def test_views_that_read_each_other_in_a_circle_can_be_loaded(each_db: Database,
     }
     # The same edge whichever of them is asked for.
     assert {name: hook.definition_of(name) for name in definitions} == definitions
-    assert adopted(each_db, "one")[1] == [
+    assert adopted(db, "one")[1] == [
         "it and public.three read each other in a circle: public.three is left out of its depends_on"
     ]
-    assert [note.split(":")[0] for note in adopted(each_db, "self")[1]] == [
-        "it and public.self read each other in a circle"
-    ]
+    assert [note.split(":")[0] for note in adopted(db, "self")[1]] == ["it and public.self read each other in a circle"]
 
 
 def test_a_tangle_of_circles_comes_apart(db: Database, tmp_path: Path) -> None:
@@ -593,35 +591,33 @@ def test_a_view_that_stays_locked_is_given_up_with_a_word_on_who_holds_it(
         ),
     ],
 )
-def test_a_view_may_go_or_be_replaced_while_a_schema_is_read(
-    each_db: Database, meanwhile: Any, names: set[str]
-) -> None:
-    each_db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW other AS SELECT 1 AS a")
+def test_a_view_may_go_or_be_replaced_while_a_schema_is_read(db: Database, meanwhile: Any, names: set[str]) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW other AS SELECT 1 AS a")
     done: list[str] = []
 
     def before(text: str) -> None:
         if text == "SAVEPOINT attempt" and not done:
             done.append(text)
-            each_db.execute(meanwhile)
+            db.execute(meanwhile)
 
-    with InterruptedDriver(connecting(each_db), before=before) as driver:
+    with InterruptedDriver(connecting(db), before=before) as driver:
         read = {definition.name: definition for definition, _ in driver.run(read_definitions("public"))}
     assert set(read) == names
     assert all("SELECT 2 AS b" in definition.sql for name, definition in read.items() if name == "public.mv")
 
 
-def test_a_view_may_be_swapped_between_two_looks_at_it(each_db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    each_db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW mv AS SELECT a FROM t")
+def test_a_view_may_be_swapped_between_two_looks_at_it(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW mv AS SELECT a FROM t")
     take, swaps = adopt.take_picture, iter(range(1))
 
     def interrupted(oid: int) -> Work[Picture | None]:
         # Once: what was looked at after it cannot be swapped until this is over.
         if next(swaps, None) is not None:
-            hook_on(each_db).refresh("mv", refresh_strategy="swap")
+            hook_on(db).refresh("mv", refresh_strategy="swap")
         return (yield from take(oid))
 
     monkeypatch.setattr(adopt, "take_picture", interrupted)
-    assert definition_of(each_db).sql.endswith("FROM public.t")
+    assert definition_of(db).sql.endswith("FROM public.t")
     assert next(swaps, None) is None
 
 

@@ -60,21 +60,21 @@ def _read_all_the_time(database: Database, *statements: LiteralString) -> Iterat
     assert all(reads.values())
 
 
-def test_readers_go_on_while_a_changed_query_is_applied(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute(
+def test_readers_go_on_while_a_changed_query_is_applied(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(
         "CREATE TABLE source AS SELECT n AS id, n % 100 AS part, n * 2 AS amount FROM generate_series(1, 20000) n"
     )
     first = MatViewDefinition(
         name="mv", sql="SELECT id, part, amount FROM source", unique_index_columns=["id"], comment="Ours."
     )
     hook.create(first)
-    each_db.execute(
+    db.execute(
         "CREATE VIEW per_part AS SELECT part, sum(amount) AS total FROM mv GROUP BY part",
         "CREATE VIEW over AS SELECT * FROM per_part WHERE total > 0",
     )
     readers = ("SELECT count(id) FROM mv", "SELECT id, part FROM mv WHERE id = 17", "SELECT sum(total) FROM over")
-    with _read_all_the_time(each_db, *readers) as reads:
+    with _read_all_the_time(db, *readers) as reads:
         for round_ in range(6):
             changed = MatViewDefinition(
                 name="mv",
@@ -90,25 +90,25 @@ def test_readers_go_on_while_a_changed_query_is_applied(each_db: Database) -> No
             # And some of them read while it was built.
             assert all(reads()[each] > before[each] for each in readers[:2])
             assert hook.plan(changed).steps == ()
-    assert each_db.value("SELECT sum(total) FROM over") == sum(n * 2 for n in range(1, 20001) if n != 5)
+    assert db.value("SELECT sum(total) FROM over") == sum(n * 2 for n in range(1, 20001) if n != 5)
 
 
-def test_an_index_is_built_while_readers_go_on(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute(_SLOW_KEY)
+def test_an_index_is_built_while_readers_go_on(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(_SLOW_KEY)
     definition = MatViewDefinition(name="mv", sql="SELECT n AS a FROM generate_series(1, 10) n")
     hook.create(definition)
     indexed = MatViewDefinition(
         name="mv", sql=definition.sql, indexes=[Index(columns=[IndexKey(expression="slow_key(a)")], name="slow")]
     )
-    with gate_closed(each_db) as open_gate, beside(lambda: hook.create(indexed), open_gate) as applying:
-        until(each_db, AT_THE_GATE)
-        with each_db.connect(options="-c statement_timeout=5s -c lock_timeout=1s") as reader:
+    with gate_closed(db) as open_gate, beside(lambda: hook.create(indexed), open_gate) as applying:
+        until(db, AT_THE_GATE)
+        with db.connect(options="-c statement_timeout=5s -c lock_timeout=1s") as reader:
             assert reader.execute("SELECT count(*) FROM mv").fetchone() == (10,)
         assert not applying.done()
         open_gate()
         assert applying.result().status == "updated"
-    assert each_db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
+    assert db.value("SELECT indisvalid FROM pg_index WHERE indexrelid = 'slow'::regclass") is True
 
 
 def _make_invalid(database: Database, statement: LiteralString) -> None:
@@ -156,28 +156,28 @@ def test_an_invalid_index_that_nothing_declares_is_told_and_no_reason_to_lose_it
     assert db.value("SELECT count(*) FROM pg_index WHERE indrelid = 'mv'::regclass") == 0
 
 
-def test_readers_never_queue_for_long_behind_a_change_that_waits_for_one_of_them(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_readers_never_queue_for_long_behind_a_change_that_waits_for_one_of_them(db: Database) -> None:
+    hook = hook_on(db)
     definition = MatViewDefinition(name="mv", sql="SELECT 1 AS a", indexes=[Index(columns=["a"])])
     hook.create(definition)
     fewer = MatViewDefinition(name="mv", sql="SELECT 1 AS a", exclusive=True)
     waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE relation = 'mv'::regclass AND NOT granted)"
-    with each_db.connect() as reader:
+    with db.connect() as reader:
         reader.execute("BEGIN")
         reader.execute("TABLE mv")
         with beside(lambda: hook.create(fewer, lock_timeout=0.2), reader.close) as applying:
             for _ in range(3):
-                until(each_db, waiting)
-                with each_db.connect(options="-c statement_timeout=5s") as newcomer:
+                until(db, waiting)
+                with db.connect(options="-c statement_timeout=5s") as newcomer:
                     assert newcomer.execute("TABLE mv").fetchall() == [(1,)]
             reader.execute("ROLLBACK")
             assert applying.result().status == "updated"
-    assert each_db.value("SELECT count(*) FROM pg_index WHERE indrelid = 'mv'::regclass") == 0
+    assert db.value("SELECT count(*) FROM pg_index WHERE indrelid = 'mv'::regclass") == 0
 
 
-def test_what_others_change_while_an_index_is_built_is_kept(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute(_SLOW_KEY)
+def test_what_others_change_while_an_index_is_built_is_kept(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(_SLOW_KEY)
     hook.create(MatViewDefinition(name="mv", sql="SELECT n AS a FROM generate_series(1, 10) n", comment="One."))
     indexed = MatViewDefinition(
         name="mv",
@@ -186,12 +186,12 @@ def test_what_others_change_while_an_index_is_built_is_kept(each_db: Database) -
         indexes=[Index(columns=[IndexKey(expression="slow_key(a)")], name="slow")],
         grants={"public": ["SELECT"]},
     )
-    with gate_closed(each_db) as open_gate, beside(lambda: hook.create(indexed), open_gate) as applying:
-        until(each_db, AT_THE_GATE)
-        each_db.execute("GRANT INSERT ON mv TO PUBLIC")
+    with gate_closed(db) as open_gate, beside(lambda: hook.create(indexed), open_gate) as applying:
+        until(db, AT_THE_GATE)
+        db.execute("GRANT INSERT ON mv TO PUBLIC")
         open_gate()
         assert applying.result().status == "updated"
-    assert each_db.rows(
+    assert db.rows(
         "SELECT has_table_privilege('public', 'mv', 'SELECT'), has_table_privilege('public', 'mv', 'INSERT'), "
         "obj_description('mv'::regclass)"
     ) == [(True, True, "Two.")]
@@ -200,10 +200,10 @@ def test_what_others_change_while_an_index_is_built_is_kept(each_db: Database) -
     assert [run.status for run in hook.runs("mv")] == ["success", "success"]
 
 
-def test_a_change_that_fails_half_way_leaves_everything_as_it_was(each_db: Database) -> None:
-    hook, reader = hook_on(each_db), each_db.role()
+def test_a_change_that_fails_half_way_leaves_everything_as_it_was(db: Database) -> None:
+    hook, reader = hook_on(db), db.role()
     hook.create(MatViewDefinition(name="mv", sql="SELECT n % 5 AS a, n AS b FROM generate_series(1, 10) n"))
-    before = _picture(each_db)
+    before = _picture(db)
     changed = MatViewDefinition(
         name="mv",
         sql="SELECT n % 5 AS a, n AS b FROM generate_series(1, 10) n",
@@ -213,7 +213,7 @@ def test_a_change_that_fails_half_way_leaves_everything_as_it_was(each_db: Datab
     )
     with pytest.raises(psycopg.errors.UniqueViolation):
         hook.create(changed)
-    assert _picture(each_db) == before
+    assert _picture(db) == before
     run = hook.last_run("mv")
     assert run is not None
     assert run.status == "failed"
@@ -227,7 +227,7 @@ def test_a_change_that_fails_half_way_leaves_everything_as_it_was(each_db: Datab
     missing = MatViewDefinition(name="mv", sql=changed.sql, comment="Never seen.", grants={"nobody at all": ["SELECT"]})
     with pytest.raises(psycopg.errors.UndefinedObject, match="nobody at all"):
         hook.create(missing)
-    assert _picture(each_db) == before
+    assert _picture(db) == before
 
 
 def test_privileges_become_what_is_declared_each_by_its_grantor(each_db: Database) -> None:
@@ -262,9 +262,9 @@ def test_privileges_become_what_is_declared_each_by_its_grantor(each_db: Databas
             connection.execute("SELECT b FROM mv")
 
 
-def test_a_view_is_given_to_its_declared_owner_with_all_its_privileges(each_db: Database) -> None:
-    hook, owner, reader = hook_on(each_db), each_db.role(), each_db.role()
-    with each_db.connect() as connection:
+def test_a_view_is_given_to_its_declared_owner_with_all_its_privileges(db: Database) -> None:
+    hook, owner, reader = hook_on(db), db.role(), db.role()
+    with db.connect() as connection:
         connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
     first = MatViewDefinition(
         name="mv", sql="SELECT 1 AS a", unique_index_columns=["a"], grants={reader: ["SELECT"]}, comment="Ours."
@@ -274,30 +274,30 @@ def test_a_view_is_given_to_its_declared_owner_with_all_its_privileges(each_db: 
     assert [step.kind for step in hook.plan(given).steps] == ["owner"]
     assert hook.create(given).status == "updated"
     assert hook.plan(given).steps == ()
-    assert each_db.rows("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relname LIKE 'mv%'") == [(owner,)] * 2
-    in_place = _picture(each_db)
-    each_db.execute("DROP MATERIALIZED VIEW mv")
+    assert db.rows("SELECT pg_get_userbyid(relowner) FROM pg_class WHERE relname LIKE 'mv%'") == [(owner,)] * 2
+    in_place = _picture(db)
+    db.execute("DROP MATERIALIZED VIEW mv")
     assert hook.create(given).status == "created"
-    assert _picture(each_db) == in_place
-    with each_db.connect(reader) as connection:
+    assert _picture(db) == in_place
+    with db.connect(reader) as connection:
         assert connection.execute("TABLE mv").fetchall() == [(1,)]
 
 
-def test_the_query_of_a_changed_view_runs_with_the_rights_of_its_owner(each_db: Database) -> None:
-    hook, owner = hook_on(each_db), each_db.role()
-    with each_db.connect() as connection:
+def test_the_query_of_a_changed_view_runs_with_the_rights_of_its_owner(db: Database) -> None:
+    hook, owner = hook_on(db), db.role()
+    with db.connect() as connection:
         connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
-    each_db.execute("CREATE TABLE secrets AS SELECT 1 AS a")
+    db.execute("CREATE TABLE secrets AS SELECT 1 AS a")
     hook.create(MatViewDefinition(name="mv", sql="SELECT current_user::text AS a", owner=owner))
-    assert each_db.rows("TABLE mv") == [(owner,)]
+    assert db.rows("TABLE mv") == [(owner,)]
     with pytest.raises(psycopg.errors.InsufficientPrivilege, match="permission denied for table secrets"):
         hook.create(MatViewDefinition(name="mv", sql="SELECT a::text FROM secrets"))
-    assert each_db.rows("TABLE mv") == [(owner,)]
+    assert db.rows("TABLE mv") == [(owner,)]
 
 
-def test_a_renamed_column_keeps_its_rows_and_what_is_built_on_it(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute("CREATE SEQUENCE ticks")
+def test_a_renamed_column_keeps_its_rows_and_what_is_built_on_it(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute("CREATE SEQUENCE ticks")
     hook.create(
         MatViewDefinition(
             name="mv",
@@ -306,7 +306,7 @@ def test_a_renamed_column_keeps_its_rows_and_what_is_built_on_it(each_db: Databa
             columns=[Column(name="old", comment="Kept.")],
         )
     )
-    each_db.execute(
+    db.execute(
         "CREATE VIEW over AS SELECT old, id FROM mv",
         "CREATE MATERIALIZED VIEW on_top AS SELECT old FROM mv",
     )
@@ -318,10 +318,10 @@ def test_a_renamed_column_keeps_its_rows_and_what_is_built_on_it(each_db: Databa
     )
     assert [step.kind for step in hook.plan(renamed).steps] == ["rename column", "build index"]
     assert hook.create(renamed).status == "updated"
-    assert each_db.rows("SELECT id, new FROM mv") == [(1, "x")]
-    assert each_db.rows("SELECT old, id FROM over") == [("x", 1)]
-    assert each_db.value("SELECT col_description('mv'::regclass, 2)") == "Kept."
-    each_db.execute("REFRESH MATERIALIZED VIEW on_top")
+    assert db.rows("SELECT id, new FROM mv") == [(1, "x")]
+    assert db.rows("SELECT old, id FROM over") == [("x", 1)]
+    assert db.value("SELECT col_description('mv'::regclass, 2)") == "Kept."
+    db.execute("REFRESH MATERIALIZED VIEW on_top")
     assert hook.plan(renamed).steps == ()
 
 
@@ -350,8 +350,8 @@ def test_a_view_that_holds_no_rows_gets_none_unless_it_is_asked_for(db: Database
     assert db.rows("TABLE mv") == [(2,)]
 
 
-def test_force_builds_a_view_anew_that_is_what_it_should_be(each_db: Database) -> None:
-    hook, reader = hook_on(each_db), each_db.role()
+def test_force_builds_a_view_anew_that_is_what_it_should_be(db: Database) -> None:
+    hook, reader = hook_on(db), db.role()
     definition = MatViewDefinition(
         name="mv",
         sql="SELECT n AS a FROM generate_series(1, 3) n",
@@ -360,13 +360,13 @@ def test_force_builds_a_view_anew_that_is_what_it_should_be(each_db: Database) -
         comment="Ours.",
     )
     hook.create(definition)
-    each_db.execute("CREATE VIEW over AS TABLE mv", "CREATE INDEX by_hand ON mv (a DESC)")
-    before, oid = _picture(each_db), each_db.value("SELECT 'mv'::regclass::oid")
+    db.execute("CREATE VIEW over AS TABLE mv", "CREATE INDEX by_hand ON mv (a DESC)")
+    before, oid = _picture(db), db.value("SELECT 'mv'::regclass::oid")
     done = hook.create(definition, force=True)
     assert (done.status, [step["kind"] for step in done.response["plan"]["steps"]]) == ("updated", ["rebuild"])
-    assert each_db.value("SELECT 'mv'::regclass::oid") != oid
-    assert _picture(each_db) == before
-    assert each_db.rows("SELECT count(*) FROM over") == [(3,)]
+    assert db.value("SELECT 'mv'::regclass::oid") != oid
+    assert _picture(db) == before
+    assert db.rows("SELECT count(*) FROM over") == [(3,)]
 
 
 def test_a_view_moves_to_its_declared_tablespace_and_access_method(each_db: Database) -> None:
@@ -452,16 +452,16 @@ def test_what_names_columns_by_position_never_reads_others_in_silence(each_db: D
     assert each_db.rows("SELECT x, y FROM listed ORDER BY 1") == [(11, 100), (21, 200)]
 
 
-def test_a_join_over_a_renamed_column_never_joins_on_another_one(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute("CREATE TABLE u AS SELECT * FROM (VALUES (10, 'ten'), (1, 'ONE')) AS v (a, w)")
+def test_a_join_over_a_renamed_column_never_joins_on_another_one(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute("CREATE TABLE u AS SELECT * FROM (VALUES (10, 'ten'), (1, 'ONE')) AS v (a, w)")
     hook.create(MatViewDefinition(name="mv", sql="SELECT 10 AS a, 5 AS b"))
-    each_db.execute("CREATE VIEW over AS SELECT a, w FROM mv JOIN u USING (a)")
+    db.execute("CREATE VIEW over AS SELECT a, w FROM mv JOIN u USING (a)")
     hook.create(MatViewDefinition(name="mv", sql="SELECT 10 AS key, 5 AS b"))
-    assert each_db.rows("TABLE over") == [(10, "ten")]
+    assert db.rows("TABLE over") == [(10, "ten")]
     with pytest.raises(DependentsExist, match="by position"):
         hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS id, 10 AS key, 5 AS b"))
-    assert each_db.rows("TABLE over") == [(10, "ten")]
+    assert db.rows("TABLE over") == [(10, "ten")]
 
 
 def test_a_renamed_column_keeps_what_expressions_and_people_say_of_it(each_db: Database) -> None:
@@ -496,11 +496,11 @@ def test_a_renamed_column_keeps_what_expressions_and_people_say_of_it(each_db: D
     ) == [("kept", True, 1, 1)]
 
 
-def test_a_view_is_not_made_of_itself(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS id")
+def test_a_view_is_not_made_of_itself(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute("CREATE TABLE t AS SELECT generate_series(1, 10) AS id")
     hook.create(MatViewDefinition(name="mv", sql="SELECT id FROM t"))
-    each_db.execute(
+    db.execute(
         "CREATE VIEW small AS SELECT id FROM mv WHERE id < 5",
         "CREATE VIEW smaller AS SELECT id FROM small WHERE id < 3",
         "CREATE FUNCTION several() RETURNS SETOF integer BEGIN ATOMIC SELECT id FROM small; END",
@@ -510,11 +510,11 @@ def test_a_view_is_not_made_of_itself(each_db: Database) -> None:
         for act in (hook.plan, hook.create):
             with pytest.raises(InvalidDefinition, match="mv would read itself"):
                 act(changed)
-    assert each_db.value("SELECT count(*) FROM mv") == 10
+    assert db.value("SELECT count(*) FROM mv") == 10
 
 
-def test_what_an_index_had_is_not_pressed_onto_one_of_another_kind(each_db: Database) -> None:
-    hook = hook_on(each_db)
+def test_what_an_index_had_is_not_pressed_onto_one_of_another_kind(db: Database) -> None:
+    hook = hook_on(db)
     text = "SELECT n AS a, ARRAY[n] AS b FROM generate_series(1, 10) n"
     first = MatViewDefinition(
         name="mv",
@@ -531,12 +531,12 @@ def test_what_an_index_had_is_not_pressed_onto_one_of_another_kind(each_db: Data
         assert [step.kind for step in hook.plan(changed).steps] == ["change index"]
         assert hook.create(changed).status == "updated"
         assert hook.plan(changed).steps == ()
-        each_db.execute("DROP MATERIALIZED VIEW mv")
+        db.execute("DROP MATERIALIZED VIEW mv")
 
 
-def test_a_change_in_place_that_cannot_be_is_found_before_an_index_is_built(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute(
+def test_a_change_in_place_that_cannot_be_is_found_before_an_index_is_built(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(
         "CREATE SEQUENCE ticks",
         "CREATE FUNCTION counted(integer) RETURNS integer LANGUAGE sql IMMUTABLE AS "
         "$$SELECT nextval('public.ticks')::int$$",
@@ -554,23 +554,23 @@ def test_a_change_in_place_that_cannot_be_is_found_before_an_index_is_built(each
         changed = MatViewDefinition(**{"name": "mv", "sql": text, "indexes": [slow], **changes})
         with pytest.raises(psycopg.Error):
             hook.create(changed)
-        assert each_db.value("SELECT is_called FROM ticks") is False, changes
+        assert db.value("SELECT is_called FROM ticks") is False, changes
 
 
-def test_a_grant_that_somebody_has_not_committed_yet_is_waited_for(each_db: Database) -> None:
-    hook, reader = hook_on(each_db), each_db.role()
+def test_a_grant_that_somebody_has_not_committed_yet_is_waited_for(db: Database) -> None:
+    hook, reader = hook_on(db), db.role()
     hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
     changed = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants={"public": ["SELECT"]}, comment="Ours.")
     waiting = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted)"
-    with each_db.connect() as other:
+    with db.connect() as other:
         other.execute("BEGIN")
         other.execute(sql.SQL("GRANT SELECT ON mv TO {}").format(sql.Identifier(reader)))
         with beside(lambda: hook.create(changed, lock_timeout=30), other.close) as applying:
-            until(each_db, waiting)
+            until(db, waiting)
             other.execute("COMMIT")
             assert applying.result().status == "updated"
     assert hook.plan(changed).steps == ()
-    assert each_db.value("SELECT has_table_privilege(%s, 'mv', 'SELECT')", (reader,)) is True
+    assert db.value("SELECT has_table_privilege(%s, 'mv', 'SELECT')", (reader,)) is True
 
 
 def test_force_and_leave_it_alone_contradict_each_other(db: Database) -> None:

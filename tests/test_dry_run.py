@@ -274,11 +274,11 @@ _MODES = {
 
 
 @EVERY_CASE
-def test_the_locks_told_are_those_that_are_then_taken(each_db: Database, case: Case) -> None:
-    each_db.execute(*case.standing)
-    told = _told_locks(case.do(hook_on(each_db), dry_run=True).response["locks"])
+def test_the_locks_told_are_those_that_are_then_taken(db: Database, case: Case) -> None:
+    db.execute(*case.standing)
+    told = _told_locks(case.do(hook_on(db), dry_run=True).response["locks"])
     taken: list[tuple[str, dict[str, int]]] = []
-    with each_db.connect() as onlooker:
+    with db.connect() as onlooker:
         names = dict(
             onlooker.execute(
                 "SELECT oid, pg_describe_object('pg_class'::regclass, oid, 0) FROM pg_class "
@@ -296,7 +296,7 @@ def test_the_locks_told_are_those_that_are_then_taken(each_db: Database, case: C
                     held[names[oid]] = max(held.get(names[oid], 0), _MODES.get(mode, 0))
             taken.append((text, held))
 
-        with InterruptedDriver(connecting(each_db), after=look) as driver:
+        with InterruptedDriver(connecting(db), after=look) as driver:
             work = getattr(Operations(Ledger("matviews")), case.operation)(case.subject, **case.arguments)
             statements = driver.run(work).response["sql"]
     # What was tried and undone came before.

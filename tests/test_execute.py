@@ -216,7 +216,11 @@ def _served(eye: psycopg.Connection[Any]) -> int | None:
         return None
 
 
-@pytest.mark.parametrize("deed", DEEDS)
+@pytest.mark.parametrize(
+    "deed",
+    # A replacement has many statements.
+    [pytest.param(deed, marks=pytest.mark.e2e) if deed == "replace" else deed for deed in DEEDS],
+)
 @pytest.mark.parametrize(
     ("disturb", "error"),
     [(_interrupt, Interrupted), (_cancel, OperationCancelled)],

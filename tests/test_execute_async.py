@@ -131,7 +131,13 @@ def _served(eye: psycopg.Connection[Any]) -> int | None:
 
 @pytest.mark.parametrize(
     ("deed", "from_outside"),
-    [("create", False), ("replace", True), ("refresh", True), ("refresh", False), ("refresh concurrently", True)],
+    [
+        ("create", False),
+        pytest.param("replace", True, marks=pytest.mark.e2e),
+        ("refresh", True),
+        ("refresh", False),
+        ("refresh concurrently", True),
+    ],
 )
 def test_wherever_an_operation_is_stopped_the_record_and_the_view_say_the_same(
     db: Database, deed: Deed, from_outside: bool

@@ -162,7 +162,7 @@ def test_after_any_definition_was_applied_over_any_other_nothing_is_left_to_do(d
         .as_string(None)
     )
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes(roles))
     def check(change: tuple[MatViewDefinition, MatViewDefinition]) -> None:
         first, second = change
@@ -368,14 +368,14 @@ def test_drift_is_met_as_asked(db: Database, strategy: str) -> None:
     assert db.value("SELECT count(*) FROM mv") == (9 if strategy == "apply" else 50)
 
 
-def test_a_column_that_something_reads_is_not_taken_away(each_db: Database) -> None:
-    hook = hook_on(each_db)
-    each_db.execute(
+def test_a_column_that_something_reads_is_not_taken_away(db: Database) -> None:
+    hook = hook_on(db)
+    db.execute(
         SOURCE,
         "CREATE VIEW plain AS SELECT id FROM source",
     )
     hook.create(_base())
-    each_db.execute(
+    db.execute(
         "CREATE VIEW names AS SELECT upper(name) AS n FROM mv",
         'CREATE VIEW "Dear Sums" AS SELECT sum(amount) FROM mv WHERE name IS NOT NULL',
         "CREATE VIEW counts AS SELECT count(*) FROM mv",
@@ -386,9 +386,9 @@ def test_a_column_that_something_reads_is_not_taken_away(each_db: Database) -> N
     with pytest.raises(DependentsExist, match="mv would lose the column name") as raised:
         hook.create(smaller)
     assert raised.value.dependents == ('view "Dear Sums"', "view names")
-    assert each_db.value("SELECT count(*) FROM names") == 50
+    assert db.value("SELECT count(*) FROM names") == 50
     assert hook.plan(_base()).steps == ()
-    each_db.execute('DROP VIEW names, "Dear Sums"')
+    db.execute('DROP VIEW names, "Dear Sums"')
     plan = hook.plan(smaller)
     # An index of the view's own goes with its column, and the plan says so.
     assert [(step.kind, step.subject) for step in plan.steps] == [
@@ -399,7 +399,7 @@ def test_a_column_that_something_reads_is_not_taken_away(each_db: Database) -> N
     ]
     assert plan.steps[2].why == "it reads the column name, which goes"
     assert hook.create(smaller).status == "updated"
-    assert each_db.rows("TABLE counts") == [(50,)]
+    assert db.rows("TABLE counts") == [(50,)]
     assert hook.plan(smaller).steps == ()
 
 
@@ -612,8 +612,8 @@ def test_what_is_a_types_own_way_of_storage_is_no_setting(each_db: Database) -> 
         hook.plan(wrong)
 
 
-def test_a_grant_that_nobody_could_give_is_refused(each_db: Database) -> None:
-    hook, clerk, reader = hook_on(each_db), each_db.role(), each_db.role()
+def test_a_grant_that_nobody_could_give_is_refused(db: Database) -> None:
+    hook, clerk, reader = hook_on(db), db.role(), db.role()
     grants = {clerk: ["SELECT"], reader: [f"SELECT GRANTED BY {clerk}"]}
     impossible = MatViewDefinition(name="mv", sql="SELECT 1 AS a", grants=grants)
     for standing in (False, True):
@@ -674,17 +674,17 @@ def test_who_may_not_become_the_owner_is_told_before_anything_is_built(each_db: 
     assert each_db.value("SELECT is_called FROM ticks") is False
 
 
-def test_without_create_on_the_schema_all_is_compared_as_well(each_db: Database) -> None:
-    hook, owner = hook_on(each_db), each_db.role()
-    with each_db.connect() as connection:
+def test_without_create_on_the_schema_all_is_compared_as_well(db: Database) -> None:
+    hook, owner = hook_on(db), db.role()
+    with db.connect() as connection:
         connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
     definition = MatViewDefinition(
         name="mv", sql="SELECT 1 AS a", owner=owner, storage_parameters={"fillfactor": 80}, unique_index_columns=["a"]
     )
     hook.create(definition)
-    with each_db.connect() as connection:
+    with db.connect() as connection:
         connection.execute(sql.SQL("REVOKE CREATE ON SCHEMA public FROM {}").format(sql.Identifier(owner)))
-    theirs = hook_on(each_db, owner)
+    theirs = hook_on(db, owner)
     assert theirs.plan(definition, exclusive=True).steps == ()
     other = MatViewDefinition(**{**definition.to_dict(), "indexes": [], "storage_parameters": {"fillfactor": 70}})
     assert [step.kind for step in theirs.plan(other).steps] == ["storage parameters"]

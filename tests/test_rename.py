@@ -340,7 +340,7 @@ def test_a_new_name_that_something_else_has_is_refused(db: Database) -> None:
     assert _oid(db, "a") == oid
 
 
-def test_indexes_named_after_the_view_follow_it_and_others_do_not(each_db: Database) -> None:
+def test_indexes_named_after_the_view_follow_it_and_others_do_not(db: Database) -> None:
     definition = replace(
         A,
         indexes=[
@@ -349,21 +349,21 @@ def test_indexes_named_after_the_view_follow_it_and_others_do_not(each_db: Datab
             Index(columns=["id", "parity"], unique=True),
         ],
     )
-    _stand(each_db, definition)
-    each_db.execute("CREATE INDEX a_undeclared_idx ON a (parity DESC)")
-    assert _indexes(each_db, "a") == {"a_id_key", "a_parity_idx", "a_by_hand", "a_id_parity_key", "a_undeclared_idx"}
-    oids = each_db.rows("SELECT indexrelid FROM pg_index WHERE indrelid = 'a'::regclass ORDER BY 1")
-    hook = hook_on(each_db)
+    _stand(db, definition)
+    db.execute("CREATE INDEX a_undeclared_idx ON a (parity DESC)")
+    assert _indexes(db, "a") == {"a_id_key", "a_parity_idx", "a_by_hand", "a_id_parity_key", "a_undeclared_idx"}
+    oids = db.rows("SELECT indexrelid FROM pg_index WHERE indrelid = 'a'::regclass ORDER BY 1")
+    hook = hook_on(db)
     renamed = replace(definition, name="b", renamed_from="a")
     hook.create(renamed)
-    assert _indexes(each_db, "b") == {"b_id_key", "b_parity_idx", "a_by_hand", "b_id_parity_key", "a_undeclared_idx"}
-    assert each_db.rows("SELECT indexrelid FROM pg_index WHERE indrelid = 'b'::regclass ORDER BY 1") == oids
+    assert _indexes(db, "b") == {"b_id_key", "b_parity_idx", "a_by_hand", "b_id_parity_key", "a_undeclared_idx"}
+    assert db.rows("SELECT indexrelid FROM pg_index WHERE indrelid = 'b'::regclass ORDER BY 1") == oids
     assert hook.plan(renamed).empty
 
 
-def test_what_is_declared_anew_is_applied_with_the_rename(each_db: Database) -> None:
-    oid = _stand(each_db)
-    each_db.execute("CREATE VIEW top AS SELECT id, parity FROM a", "CREATE MATERIALIZED VIEW on_top AS TABLE top")
+def test_what_is_declared_anew_is_applied_with_the_rename(db: Database) -> None:
+    oid = _stand(db)
+    db.execute("CREATE VIEW top AS SELECT id, parity FROM a", "CREATE MATERIALIZED VIEW on_top AS TABLE top")
     changed = replace(
         B,
         sql="SELECT id, parity AS odd FROM t",
@@ -372,16 +372,16 @@ def test_what_is_declared_anew_is_applied_with_the_rename(each_db: Database) -> 
         grants={"public": ["SELECT"], "pg_monitor": ["SELECT"]},
         storage_parameters={"fillfactor": 70},
     )
-    hook = hook_on(each_db)
+    hook = hook_on(db)
     plan = hook.plan(changed)
     response = hook.create(changed)
     assert response.status == "updated"
     assert [step["kind"] for step in response.response["plan"]["steps"]] == [step.kind for step in plan.steps]
-    assert _oid(each_db, "b") == oid
-    assert each_db.rows("SELECT id, odd FROM b ORDER BY 1") == [(1, 1), (2, 0), (3, 1), (4, 0)]
-    assert each_db.rows("SELECT id, parity FROM top ORDER BY 1") == [(1, 1), (2, 0), (3, 1), (4, 0)]
-    assert _indexes(each_db, "b") == {"b_id_key", "by_parity", "b_odd_id_idx"}
-    assert each_db.value("SELECT obj_description('b'::regclass)") == "Renamed."
+    assert _oid(db, "b") == oid
+    assert db.rows("SELECT id, odd FROM b ORDER BY 1") == [(1, 1), (2, 0), (3, 1), (4, 0)]
+    assert db.rows("SELECT id, parity FROM top ORDER BY 1") == [(1, 1), (2, 0), (3, 1), (4, 0)]
+    assert _indexes(db, "b") == {"b_id_key", "by_parity", "b_odd_id_idx"}
+    assert db.value("SELECT obj_description('b'::regclass)") == "Renamed."
     assert hook.plan(changed).empty
 
 
@@ -433,9 +433,9 @@ def test_statistics_go_on_with_the_view(each_db: Database) -> None:
         assert hook.plan(definition).empty
 
 
-def test_readers_of_what_is_built_on_it_never_fail(each_db: Database) -> None:
-    _stand(each_db)
-    each_db.execute(
+def test_readers_of_what_is_built_on_it_never_fail(db: Database) -> None:
+    _stand(db)
+    db.execute(
         "CREATE VIEW top AS SELECT count(*) AS n FROM a",
         "CREATE MATERIALIZED VIEW on_top AS SELECT count(*) AS n FROM a",
     )
@@ -443,13 +443,13 @@ def test_readers_of_what_is_built_on_it_never_fail(each_db: Database) -> None:
 
     def read() -> int:
         reads = 0
-        with each_db.connect() as reader:
+        with db.connect() as reader:
             while not over.is_set():
                 assert reader.execute("SELECT top.n, on_top.n FROM top, on_top").fetchall() == [(4, 4)]
                 reads += 1
         return reads
 
-    hook = hook_on(each_db)
+    hook = hook_on(db)
     with ThreadPoolExecutor(3) as pool:
         readers = [pool.submit(read) for _ in range(3)]
         try:
@@ -917,16 +917,16 @@ def test_a_plan_shows_the_rename_first_and_renames_nothing(db: Database) -> None
         (True, "report"),
     ],
 )
-def test_a_dry_run_tells_what_the_rename_does(each_db: Database, changed: bool, on_drift: str) -> None:
-    oid = _stand(each_db)
-    each_db.execute("CREATE VIEW top AS SELECT id FROM a")
+def test_a_dry_run_tells_what_the_rename_does(db: Database, changed: bool, on_drift: str) -> None:
+    oid = _stand(db)
+    db.execute("CREATE VIEW top AS SELECT id FROM a")
     definition = replace(B, sql="SELECT id, parity, 1 AS extra FROM t") if changed else B
-    hook = hook_on(each_db)
-    before, records, history = _what_it_is(each_db, oid), hook.definitions(), _history(each_db, "a")
-    with _locked(each_db, "a"):
+    hook = hook_on(db)
+    before, records, history = _what_it_is(db, oid), hook.definitions(), _history(db, "a")
+    with _locked(db, "a"):
         dry = hook.create(definition, on_drift=on_drift, dry_run=True)
-    assert (_oid(each_db, "a"), _what_it_is(each_db, oid)) == (oid, before)
-    assert (hook.definitions(), _history(each_db, "a")) == (records, history)
+    assert (_oid(db, "a"), _what_it_is(db, oid)) == (oid, before)
+    assert (hook.definitions(), _history(db, "a")) == (records, history)
     plan = hook.plan(definition)
     real = hook.create(definition, on_drift=on_drift)
     assert dry.status == real.status
