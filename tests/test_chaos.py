@@ -74,7 +74,7 @@ DEFERRED_BLOWS: dict[Blow, int] = {
 }
 LEAST_KILLS = 200
 #: Seconds after which nothing of an operation that was struck may run on the server.
-LONGEST_LEFT_OVER = 10.0
+LONGEST_LEFT_OVER = 20.0
 WORKERS = 7
 #: How often the query is one that would not end by itself in time.
 SHARE_OF_LONG = 0.25
