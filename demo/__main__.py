@@ -111,7 +111,8 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     print(f"Database: psql '{server.dsn(DATABASE)}'")
     print(
         f"{REFRESH} runs every minute, {DRIFT} every night, {DELETE} waits to be triggered by you.\n"
-        f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back. Ctrl-C ends it all.\n",
+        f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back.\n"
+        "Ctrl-C ends it all.\n",
         flush=True,
     )
     next_events = time.monotonic()
