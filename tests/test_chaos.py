@@ -93,7 +93,7 @@ SET_UP: tuple[LiteralString, ...] = (
     BEGIN
         IF id % 10 = 0 AND current_setting('application_name') LIKE '{SLOW}%' THEN
             PERFORM pg_sleep(
-                CASE WHEN current_setting('application_name') LIKE '{VERY_SLOW}%' THEN 0.6 ELSE 0.008 END);
+                CASE WHEN current_setting('application_name') LIKE '{VERY_SLOW}%' THEN 1.2 ELSE 0.008 END);
         END IF;
         RETURN id;
     END$$
