@@ -10,13 +10,10 @@ dropped and made again in one transaction. Quoted are ratios of medians.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection as Pipe
-from multiprocessing.synchronize import Event
 
 # Read when Airflow loads: lines written to a terminal would be timed as well.
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
@@ -26,6 +23,7 @@ from airflow.sdk import Connection
 
 from airflow_provider_matviews.definition import Index, MatViewDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from benchmarks.readers import Readers
 from demo.postgres_server import PostgresServer, find_installations
 
 READS = (
@@ -33,53 +31,6 @@ READS = (
     "SELECT total FROM weekly WHERE account = %s",
 )
 OVER = "CREATE VIEW weekly AS SELECT account, sum(total) AS total FROM activity GROUP BY account"
-
-
-def read_in_a_loop(dsn: str, statement: str, stop: Event, pipe: Pipe) -> None:
-    """Query until told to stop, then send the longest time in milliseconds, how many reads, and how many failed."""
-    longest, queries, failed = 0.0, 0, 0
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        pipe.send("ready")
-        while not stop.is_set():
-            begun = time.perf_counter()
-            try:
-                connection.execute(statement, (queries % 80000,))
-            except psycopg.Error:
-                failed += 1
-            longest = max(longest, (time.perf_counter() - begun) * 1000)
-            queries += 1
-            time.sleep(0.001)
-    pipe.send((longest, queries, failed))
-
-
-class Readers:
-    """Readers in processes of their own, for the length of a ``with`` block."""
-
-    def __init__(self, dsn: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._stop = context.Event()
-        self._readers = []
-        for statement in READS:
-            pipe, theirs = context.Pipe()
-            process = context.Process(target=read_in_a_loop, args=(dsn, statement, self._stop, theirs), daemon=True)
-            self._readers.append((process, pipe))
-        self.longest, self.queries, self.failed = 0.0, 0, 0
-
-    def __enter__(self) -> Readers:
-        for process, _ in self._readers:
-            process.start()
-        for _, pipe in self._readers:
-            pipe.recv()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for process, pipe in self._readers:
-            longest, queries, failed = pipe.recv()
-            self.longest = max(self.longest, longest)
-            self.queries += queries
-            self.failed += failed
-            process.join()
 
 
 def definition(number: int, *, more: bool, indexed: bool = False) -> MatViewDefinition:
@@ -127,7 +78,7 @@ def compare(server: PostgresServer, hook: MatViewHook, rounds: int) -> None:
         for way, act in ways.items():
             with psycopg.connect(server.dsn(), autocommit=True) as connection:
                 connection.execute("CHECKPOINT")
-            with Readers(server.dsn()) as readers:
+            with Readers(server.dsn(), *READS) as readers:
                 begun = time.perf_counter()
                 act(number)
                 walls[way].append((time.perf_counter() - begun) * 1000)

@@ -9,13 +9,10 @@ medians. A last part holds the view in a reader's transaction and shows how long
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import statistics
 import threading
 import time
-from multiprocessing.connection import Connection as Pipe
-from multiprocessing.synchronize import Event
 
 # Read when Airflow loads: lines written to a terminal would be timed as well.
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
@@ -24,44 +21,13 @@ import psycopg
 from airflow.sdk import Connection
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from benchmarks.readers import Readers
 from demo.postgres_server import PostgresServer, find_installations
 
 STRATEGIES = ("regular", "swap", "concurrent")
 
 
-def read_in_a_loop(dsn: str, stop: Event, pipe: Pipe) -> None:
-    """Query the view until told to stop, then send the longest time in milliseconds, and how many queries it were."""
-    longest, queries = 0.0, 0
-    with psycopg.connect(dsn, autocommit=True) as connection:
-        pipe.send("ready")
-        while not stop.is_set():
-            begun = time.perf_counter()
-            connection.execute("SELECT total FROM activity WHERE account = %s AND day = 3", (queries % 80000,))
-            longest = max(longest, (time.perf_counter() - begun) * 1000)
-            queries += 1
-            time.sleep(0.001)
-    pipe.send((longest, queries))
-
-
-class Reader:
-    """A reader in a process of its own, for the length of a ``with`` block; ``longest`` is known after it."""
-
-    def __init__(self, dsn: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._stop = context.Event()
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=read_in_a_loop, args=(dsn, self._stop, theirs), daemon=True)
-        self.longest, self.queries = 0.0, 0
-
-    def __enter__(self) -> Reader:
-        self._process.start()
-        self._pipe.recv()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self.longest, self.queries = self._pipe.recv()
-        self._process.join()
+READ = "SELECT total FROM activity WHERE account = %s AND day = 3"
 
 
 def prepare(connection: psycopg.Connection) -> None:
@@ -94,10 +60,12 @@ def compare(server: PostgresServer, hook: MatViewHook, rounds: int) -> None:
             with psycopg.connect(server.dsn(), autocommit=True) as connection:
                 connection.execute("UPDATE knob SET value = value + 1")
                 connection.execute("CHECKPOINT")
-            with Reader(server.dsn()) as reader:
+            with Readers(server.dsn(), READ) as reader:
                 begun = time.perf_counter()
                 hook.refresh("activity", refresh_strategy=strategy, analyze=False, row_count_strategy="none")
                 walls[strategy].append((time.perf_counter() - begun) * 1000)
+            if reader.failed:
+                raise RuntimeError(f"{reader.failed} reads failed during a {strategy} refresh")
             stalls[strategy].append(reader.longest)
             print(
                 f"  round {number + 1}: {strategy:10} {walls[strategy][-1]:8.0f} ms, "
@@ -121,7 +89,7 @@ def compare(server: PostgresServer, hook: MatViewHook, rounds: int) -> None:
 
 def hold(server: PostgresServer, hook: MatViewHook, lock_timeout: float) -> None:
     """Hold the view in a transaction of 12 s while a swap wants it; print what newcomers waited."""
-    with psycopg.connect(server.dsn()) as holder, Reader(server.dsn()) as reader:
+    with psycopg.connect(server.dsn()) as holder, Readers(server.dsn(), READ) as reader:
         holder.execute("SELECT count(*) FROM activity")
         timer = threading.Timer(12, holder.rollback)
         timer.start()

@@ -15,6 +15,7 @@ from airflow_provider_matviews.services.locking import Patience, politely
 from airflow_provider_matviews.services.plan import Draft
 from airflow_provider_matviews.services.plan_steps import Lock, PlanStep, StepKind
 from airflow_provider_matviews.services.replacement import (
+    COLLISIONS,
     Changed,
     Replacement,
     locking,
@@ -25,9 +26,6 @@ from airflow_provider_matviews.services.replacement import (
 from airflow_provider_matviews.services.response import Report
 from airflow_provider_matviews.services.row_counts import Outcome
 
-#: How often the cut is tried again after meeting somebody else's change of the same rows of the catalog.
-_COLLISIONS = 20
-
 
 def apply_plan(
     draft: Draft,
@@ -37,14 +35,13 @@ def apply_plan(
     patience: Patience,
     report: Report,
     *,
-    fill: bool,
     count: bool,
 ) -> Work[Outcome | None]:
     """Make a view that stands what a plan says, in the caller's transaction.
 
     :param origin: the name that it has.
-    :param fill: whether a view that is built anew gets its rows.
-    :param count: whether those are counted by reading them where the server does not count.
+    :param count: whether the rows of a view that is built anew are counted by reading them where the server does
+        not count.
     :returns: what a view that was built anew is; None where it was changed in place.
     :raises MatViewError: why the plan cannot be applied.
     :raises Changed: when the view is no longer what the plan was made for.
@@ -66,7 +63,7 @@ def apply_plan(
                     server=server,
                     patience=patience,
                     report=report,
-                    fill=fill,
+                    fill=draft.fills,
                     count=count,
                     rehearse=draft.columns_change,
                     way_out="apply it when nobody builds on the view; what cannot be pointed at a new one has to be "
@@ -89,7 +86,7 @@ def _in_place(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Pa
         yield from politely(origin, patience, lambda step=step, statement=statement: _run(report, step, statement))  # type: ignore[misc]
     mark = report.so_far()
     try:
-        yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark), collisions=_COLLISIONS)
+        yield from politely(origin, patience, lambda: _cut(draft, origin, facts, report, mark), collisions=COLLISIONS)
     except psycopg.errors.InternalError_ as error:
         # "tuple concurrently updated": somebody granted or altered it just now.
         raise Changed([str(error.diag.message_primary)]) from error
@@ -107,7 +104,7 @@ def _rehearse(draft: Draft, origin: ResolvedName, facts: ViewFacts, patience: Pa
         origin,
         patience,
         lambda: _cut(draft, origin, facts, report, mark, rehearsal=True),
-        collisions=_COLLISIONS,
+        collisions=COLLISIONS,
     )
     # Lets go of the locks that it took.
     yield Command(sql.SQL("ROLLBACK TO SAVEPOINT rehearsal"))

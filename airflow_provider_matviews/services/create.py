@@ -223,9 +223,8 @@ def _attempt(job: Creating, place: Place) -> Work[str]:
         job.server,
         job.patience,
         report,
-        fill=job.with_data or (facts.populated and not job.force),
         count=job.row_counts is RowCountStrategy.EXACT,
     )
-    if outcome is not None and (job.with_data or facts.populated) and job.row_counts is not RowCountStrategy.NONE:
+    if outcome is not None and draft.fills and job.row_counts is not RowCountStrategy.NONE:
         report.told(row_count_after=outcome.estimated if outcome.inserted is None else outcome.inserted)
     return "updated"

@@ -66,7 +66,10 @@ def read_dependents(oid: int) -> Work[list[Dependent]]:
     Taken under ``search_path = pg_catalog``, so that every name in a statement is qualified.
     """
     rows = yield from fetch_all(_DEPENDENTS, {"oid": oid})
-    return [Dependent(**{**row, "extensions": tuple(row["extensions"])}) for row in rows]
+    return [
+        Dependent(**{**row, "statement": row["statement"].strip().rstrip(";"), "extensions": tuple(row["extensions"])})
+        for row in rows
+    ]
 
 
 def columns_used(oid: int) -> Work[list[tuple[str, str]]]:

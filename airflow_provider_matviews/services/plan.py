@@ -21,7 +21,7 @@ from airflow_provider_matviews.names import ViewName, quote
 from airflow_provider_matviews.services import alterations, catalog
 from airflow_provider_matviews.services.alterations import Relation
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts, ViewFacts
-from airflow_provider_matviews.services.dependents import blocking_dependents, columns_used
+from airflow_provider_matviews.services.dependents import Dependent, blocking_dependents, columns_used
 from airflow_provider_matviews.services.instructions import Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.picture import (
     Picture,
@@ -43,11 +43,14 @@ from airflow_provider_matviews.services.probe import (
 from airflow_provider_matviews.services.rebuild import Beside, creation, naming
 from airflow_provider_matviews.services.replacement import (
     Changed,
+    dropping,
+    joining,
     locking,
     obstacles,
     peek,
     renaming,
     require_same_columns_read,
+    trading_places,
 )
 from airflow_provider_matviews.services.target import (
     Target,
@@ -66,8 +69,7 @@ class Draft:
 
     :ivar view: the name that it is to have.
     :ivar standing: the view as it stands; None where none does.
-    :ivar rebuilds: whether it is to be built anew beside itself.
-    :ivar columns_change: whether what is built on it meets other columns than before.
+    :ivar fills: whether a view that is built anew gets its rows.
     :ivar errors: why it cannot be applied, as errors to raise.
     """
 
@@ -77,9 +79,18 @@ class Draft:
     target: Target
     standing: Picture | None
     beside: Beside
-    rebuilds: bool = False
-    columns_change: bool = False
+    fills: bool
     errors: tuple[MatViewError, ...] = ()
+
+    @property
+    def rebuilds(self) -> bool:
+        """Whether it is to be built anew beside itself."""
+        return self.plan.rebuilds
+
+    @property
+    def columns_change(self) -> bool:
+        """Whether what is built on it meets other columns than before."""
+        return self.standing is not None and _columns_change(self.standing, self.target.picture)
 
 
 def draft_plan(
@@ -135,8 +146,11 @@ def draft_plan(
     rebuilds = bool(steps)
     bodies = yield from _bodies(view, definition, place, standing, renamed)
     mine = list(_in_place(view, origin, standing, base, target, renamed, bodies, owner, moving))
+    fills = with_data or (facts.populated and not force)
+    dependents: list[Dependent] = []
     if rebuilds:
-        script = yield from _script(beside, origin, standing, declared, target, facts, with_data, force)
+        dependents = yield from peek(facts.oid)
+        script = _script(beside, standing, declared, target, dependents, fills=fills)
         steps = [replace(steps[0], build=script[0], cut=script[1]), *steps[1:]]
         steps += _columns(base, target.picture) if not (same or renamed) else []
         steps += [
@@ -148,7 +162,6 @@ def draft_plan(
         steps.sort(key=lambda step: step.kind is StepKind.RENAME_VIEW)
     else:
         steps = mine
-    columns_change = [(c.name, c.type) for c in standing.columns] != [(c.name, c.type) for c in target.picture.columns]
     errors: list[MatViewError] = []
     notes: list[str] = []
     if steps and not definition.managed:
@@ -156,8 +169,8 @@ def draft_plan(
     if steps:
         errors += yield from _of_the_privileges(view, target.picture, standing, server)
         errors += yield from _errors(view, origin, standing, target, server, facts, place, rebuilds=rebuilds)
-    if rebuilds and columns_change:
-        more, notes = yield from _of_the_columns(view, origin, standing, target.picture, facts.oid)
+    if rebuilds and _columns_change(standing, target.picture):
+        more, notes = yield from _of_the_columns(view, origin, standing, target.picture, facts.oid, dependents)
         errors += more
     exclusive = target_of(view, replace(definition, exclusive=True), declared, base, server, origin.name)
     plan = Plan(
@@ -168,7 +181,11 @@ def draft_plan(
         refusals=tuple(error.message for error in errors),
         notes=tuple(notes),
     )
-    return Draft(view, plan, declared, target, standing, beside, rebuilds, columns_change, tuple(errors))
+    return Draft(view, plan, declared, target, standing, beside, fills, tuple(errors))
+
+
+def _columns_change(standing: Picture, picture: Picture) -> bool:
+    return [(each.name, each.type) for each in standing.columns] != [(each.name, each.type) for each in picture.columns]
 
 
 def _moving(
@@ -221,7 +238,7 @@ def _draft_creation(
     steps += alterations.statistics(relation, empty, picture, {})
     steps += alterations.privileges(relation, default, picture)
     quiet = tuple(replace(step, lock=Lock.NONE, cost="nobody reads it yet") for step in steps)
-    return Draft(view, Plan(view.display, False, quiet), declared, target, None, beside)
+    return Draft(view, Plan(view.display, False, quiet), declared, target, None, beside, with_data)
 
 
 def _renamed_columns(standing: Picture, stored: str, declared: Declared, place: Place) -> Work[dict[str, str]]:
@@ -374,17 +391,15 @@ def _given(relation: Relation, former: str, owner: str) -> Iterator[PlanStep]:
 
 def _script(
     beside: Beside,
-    origin: ResolvedName,
     standing: Picture,
     declared: Declared,
     target: Target,
-    facts: ViewFacts,
-    with_data: bool,
-    force: bool,
-) -> Work[tuple[tuple[str, ...], tuple[str, ...]]]:
+    dependents: Sequence[Dependent],
+    *,
+    fills: bool,
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the statements of a rebuild: those before the cut, and the cut."""
     picture, relation = target.picture, beside.relation
-    fill = with_data if force else with_data or facts.populated
     empty = alterations.bare(picture)
     build = [creation(beside, picture, declared.query)]
     build += [text for step in alterations.settings(relation, empty, picture) for text in step.sql]
@@ -398,25 +413,23 @@ def _script(
     build += [text for step in _given(relation, standing.owner, picture.owner) for text in step.sql]
     default = given_to(replace(declared.bare, columns=empty.columns), picture.owner)
     build += [text for step in alterations.privileges(relation, default, picture) for text in step.sql]
-    if fill:
+    if fills:
         build.append(f"REFRESH MATERIALIZED VIEW {beside.new.ddl}")
     for position, index in enumerate(picture.indexes):
         made = beside.index(position, picture)
         build += alterations.build_index(relation, index, made, alterations.body_of(index))
         build += alterations.dress_index(relation, made, None, index)
-    if fill:
+    if fills:
         build.append(f"ANALYZE {beside.new.ddl}")
-    dependents = yield from peek(facts.oid)
-    rename = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
     locks = dict.fromkeys(each.lock for each in dependents if each.lock is not None)
     cut = [
         *locks,
-        locking(origin, standing.owner).text,
-        alterations.text(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
-        alterations.text(rename.format(beside.new.identifier, sql.Identifier(beside.view.name))),
-        *(text for each in dependents for text in (each.statement.strip().rstrip(";"), *each.extensions)),
-        f"DROP MATERIALIZED VIEW {beside.old.ddl} RESTRICT",
+        locking(beside.view, standing.owner).text,
+        *(command.text for command in trading_places(beside, standing)),
+        *(text for each in dependents for text in (each.statement, *each.extensions)),
+        dropping(beside).text,
         *naming(beside, picture),
+        *(command.text for command in joining(beside, picture)),
     ]
     return tuple(build), tuple(cut)
 
@@ -528,7 +541,12 @@ def _may_maintain(picture: Picture) -> bool:
 
 
 def _of_the_columns(
-    view: ResolvedName, origin: ResolvedName, standing: Picture, picture: Picture, oid: int
+    view: ResolvedName,
+    origin: ResolvedName,
+    standing: Picture,
+    picture: Picture,
+    oid: int,
+    dependents: Sequence[Dependent],
 ) -> Work[tuple[list[MatViewError], list[str]]]:
     """Return what speaks against other columns: those that go and are used; and notes on those that change."""
     stays = {column.name: column.type for column in picture.columns}
@@ -547,7 +565,7 @@ def _of_the_columns(
             )
         )
     try:
-        require_same_columns_read(origin, (yield from peek(oid)), standing, picture)
+        require_same_columns_read(origin, dependents, standing, picture)
     except DependentsExist as error:
         errors.append(error)
     notes = [

@@ -16,7 +16,6 @@ from psycopg import sql
 from airflow_provider_matviews.definition import MatViewDefinition, ParameterValue
 from airflow_provider_matviews.exceptions import InvalidDefinition, MissingPrivilege
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, shorten
-from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName, ServerFacts
 from airflow_provider_matviews.services.ddl import create_index, create_statistics, tablespace_clause, with_clause
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_one, raw
@@ -149,9 +148,7 @@ def read_declared(
     if oid is not None:
         yield from _require_no_circle(view, probe, oid)
     settings = yield from speak_plainly()
-    text = yield from _text_of(probe)
-    columns = tuple(name for name, _ in (yield from catalog.columns_of((yield from _oid_of(probe)))))
-    _require_columns(view, definition, columns)
+    text = yield from _read_view(view, definition, probe)
     relation = place.named(_token_name(view.name))
     yield Command(_empty_copy(relation, definition, place) + raw(text.rstrip("; \n") + "\nWITH NO DATA"))
     copy = yield from _oid_of(relation)
@@ -302,14 +299,23 @@ def _make_view(view: ResolvedName, definition: MatViewDefinition, place: Place) 
         psycopg.errors.IndeterminateDatatype,
     ) as error:
         raise _not_one_query(view, error.diag.message_primary or str(error)) from error
-    row = yield from fetch_one(
-        sql.SQL("SELECT reloptions IS NOT NULL AS options FROM pg_catalog.pg_class WHERE oid = {}::regclass").format(
-            sql.Literal(probe.as_string(None))
-        )
-    )
-    if row is not None and row["options"]:
-        raise _not_one_query(view, "WITH CHECK OPTION belongs to plain views")
     return probe
+
+
+def _read_view(view: ResolvedName, definition: MatViewDefinition, probe: sql.Identifier) -> Work[str]:
+    """Return the query as the server words it, once it is seen to be one that fits the definition."""
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT pg_get_viewdef(c.oid) AS text, c.reloptions IS NOT NULL AS options, "
+            "ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.oid AND a.attnum > 0 "
+            "ORDER BY a.attnum) AS columns FROM pg_class c WHERE c.oid = {}::regclass"
+        ).format(sql.Literal(probe.as_string(None)))
+    )
+    assert row is not None
+    if row["options"]:
+        raise _not_one_query(view, "WITH CHECK OPTION belongs to plain views")
+    _require_columns(view, definition, row["columns"])
+    return str(row["text"])
 
 
 def _text_of(relation: sql.Identifier) -> Work[str]:

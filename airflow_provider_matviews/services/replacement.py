@@ -43,8 +43,8 @@ from airflow_provider_matviews.services.row_counts import Outcome
 
 #: How often a view that others keep changing is built anew before giving up.
 _ATTEMPTS = 3
-#: How often the cut is tried again after meeting another one over the same dependents.
-_COLLISIONS = 20
+#: How often a cut is tried again after meeting somebody else's change of the same rows of the catalog.
+COLLISIONS = 20
 
 
 class Changed(Exception):
@@ -166,7 +166,7 @@ def _cut_politely(job: Replacement, dependents: Sequence[Dependent], *, rehearsa
     mark = job.report.so_far()
     try:
         yield from politely(
-            job.beside.view, job.patience, lambda: _cut(job, mark, rehearsal=rehearsal), relations, _COLLISIONS
+            job.beside.view, job.patience, lambda: _cut(job, mark, rehearsal=rehearsal), relations, COLLISIONS
         )
     except psycopg.errors.UndefinedTable as error:
         # It has been renamed or dropped.
@@ -314,15 +314,14 @@ def _cut(job: Replacement, mark: int, *, rehearsal: bool) -> Work[None]:
     # Read again now that nobody can change them or add one.
     dependents = yield from read_dependents(facts.oid)
     require_same_columns_read(job.beside.view, dependents, job.standing, job.picture)
-    for command in _trading_places(job):
+    for command in trading_places(beside, job.standing):
         yield from report.run("cut", command)
     yield from repoint(dependents, report)
-    # RESTRICT: what was not re-pointed is an error, never a loss.
-    yield from report.run("cut", _dropping(beside))
+    yield from report.run("cut", dropping(beside))
     if rehearsal:
         return
     yield from take_names(beside, job.picture, report)
-    for command in (*_joining(job), *renaming(beside.view, job.view)):
+    for command in (*joining(beside, job.picture), *renaming(beside.view, job.view)):
         yield from report.run("cut", command)
     yield from require_unchanged(facts.oid, job.standing)
     yield from restore_settings(settings)
@@ -351,12 +350,12 @@ def _tell_cut(job: Replacement, dependents: Sequence[Dependent]) -> Work[None]:
     report, strongest = job.report, Lock.ACCESS_EXCLUSIVE
     yield from lock_dependents(dependents, report)
     yield from report.run("lock", locking(job.beside.view, job.standing.owner), lock=strongest)
-    for command in _trading_places(job):
+    for command in trading_places(job.beside, job.standing):
         yield from report.run("cut", command, lock=strongest)
     yield from repoint(dependents, report)
-    yield from report.run("cut", _dropping(job.beside), lock=strongest)
+    yield from report.run("cut", dropping(job.beside), lock=strongest)
     yield from take_names(job.beside, job.picture, report)
-    for command in (*_joining(job), *renaming(job.beside.view, job.view)):
+    for command in (*joining(job.beside, job.picture), *renaming(job.beside.view, job.view)):
         yield from report.run("cut", command, lock=strongest)
 
 
@@ -388,12 +387,13 @@ def renaming(origin: ResolvedName, view: ResolvedName) -> list[Command]:
     return commands
 
 
-def _trading_places(job: Replacement) -> list[Command]:
-    beside, rename = job.beside, sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
+def trading_places(beside: Beside, standing: Picture) -> list[Command]:
+    """Return what gives the new view the name of the one that stands."""
+    rename = sql.SQL("ALTER MATERIALIZED VIEW {} RENAME TO {}")
     return [
         *(
             Command(_membership(extension, "DROP", beside.view))
-            for extension, kind in job.standing.extensions
+            for extension, kind in standing.extensions
             if kind == "e"
         ),
         Command(rename.format(beside.view.identifier, sql.Identifier(beside.old.name))),
@@ -401,15 +401,15 @@ def _trading_places(job: Replacement) -> list[Command]:
     ]
 
 
-def _dropping(beside: Beside) -> Command:
+def dropping(beside: Beside) -> Command:
+    """Return what drops the old view. RESTRICT: what was not re-pointed is an error, never a loss."""
     return Command(sql.SQL("DROP MATERIALIZED VIEW {} RESTRICT").format(beside.old.identifier))
 
 
-def _joining(job: Replacement) -> list[Command]:
+def joining(beside: Beside, picture: Picture) -> list[Command]:
+    """Return what makes the new view a member of the extensions that the old one was one of."""
     return [
-        Command(_membership(extension, "ADD", job.beside.view))
-        for extension, kind in job.picture.extensions
-        if kind == "e"
+        Command(_membership(extension, "ADD", beside.view)) for extension, kind in picture.extensions if kind == "e"
     ]
 
 
