@@ -32,6 +32,8 @@ class _Proxy:
     def close(self) -> None:
         # shutdown() wakes the accept() up, close() alone would not.
         self._listener.shutdown(socket.SHUT_RDWR)
+        # First, or a client that it has just accepted would be overlooked.
+        self._threads[0].join()
         self._listener.close()
         for client in self._clients:
             with suppress(OSError):

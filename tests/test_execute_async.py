@@ -599,6 +599,46 @@ def test_finished_work_waits_for_a_connection_to_its_record(db: Database) -> Non
 
 
 @BOTH
+def test_nobody_waits_for_a_connection_to_the_record_of_work_that_is_lost(db: Database, asynchronous: bool) -> None:
+    attempts = 0
+
+    def dsn() -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts > 2:
+            raise psycopg.OperationalError("no way to the server")
+        return db.dsn()
+
+    async def connect() -> psycopg.AsyncConnection[Any]:
+        return await psycopg.AsyncConnection.connect(dsn())
+
+    def operation() -> Work[None]:
+        yield Command(raw("BEGIN"))
+        yield from fetch_all(raw("SELECT 1"), session=Session.RECORD)
+        db.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
+            "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        with pytest.raises(psycopg.OperationalError):
+            yield from fetch_all(raw("SELECT 1"), session=Session.RECORD)
+        with pytest.raises(psycopg.OperationalError, match="no way"):
+            yield Command(raw("BEGIN"), Session.RECORD)
+
+    if asynchronous:
+
+        async def run() -> None:
+            async with AsyncDriver(connect) as driver:
+                await driver.run(operation())
+
+        asyncio.run(run())
+    else:
+        with Driver(lambda: psycopg.connect(dsn())) as driver:
+            driver.run(operation())
+    # One that is tried again after the first, and neither again.
+    assert attempts <= 4
+
+
+@BOTH
 def test_a_command_outside_of_transactions_has_settings_of_its_own(db: Database, asynchronous: bool) -> None:
     def vacuuming() -> Work[None]:
         shown = raw("CREATE TABLE shown AS SELECT current_setting('client_connection_check_interval') AS value")

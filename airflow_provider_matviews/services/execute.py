@@ -277,9 +277,20 @@ class Driver(Connections[psycopg.Connection[Any]]):
                 time.sleep(pause)
                 return self._connect()
             except psycopg.OperationalError:
-                if self._stop.requested:
+                if self._stop.requested or not self._work_is_there():
                     break
         return self._connect()
+
+    def _work_is_there(self) -> bool:
+        """Whether the work that a record is wanted for is still to be had, as the server says."""
+        try:
+            self._connections[Session.WORK].execute("SELECT 1", prepare=False)
+        except psycopg.OperationalError:
+            return False
+        except psycopg.Error:
+            # In a transaction that has failed it answers that.
+            return True
+        return True
 
     def _alive(self, connection: psycopg.Connection[Any], session: Session) -> bool:
         """Whether a connection that was idle for a while still answers: a long build outlasts many an idle timeout.

@@ -295,9 +295,19 @@ class AsyncDriver(Connections[psycopg.AsyncConnection[Any]]):
                 await asyncio.sleep(pause)
                 return await self._connect_or_stop()
             except psycopg.OperationalError:
-                if self._stop.requested:
+                if self._stop.requested or not await self._work_is_there():
                     break
         return await self._connect_or_stop()
+
+    async def _work_is_there(self) -> bool:
+        """As in the blocking driver."""
+        try:
+            await self._connections[Session.WORK].execute("SELECT 1", prepare=False)
+        except psycopg.OperationalError:
+            return False
+        except psycopg.Error:
+            return True
+        return True
 
     async def _connect_or_stop(self) -> psycopg.AsyncConnection[Any]:
         if self._stop.told:
