@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from enum import Enum
 from typing import Any, TypeVar
 
@@ -88,6 +89,19 @@ def check_target(value: object, argument: str) -> None:
     """
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 10000):
         raise InvalidDefinition(f"{argument}={value!r} is not a whole number from 0 to 10000.")
+
+
+def as_seconds(value: object, argument: str) -> float | None:
+    """Return a length of time, given as a number of seconds or a timedelta, in seconds; None for none.
+
+    :raises InvalidDefinition: when it is anything else, or not more than nothing.
+    """
+    seconds = value.total_seconds() if isinstance(value, timedelta) else value
+    if seconds is None:
+        return None
+    if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not 0 < seconds < math.inf:
+        raise InvalidDefinition(f"{argument}={value!r} is not a positive number of seconds, or a timedelta.")
+    return seconds
 
 
 def as_tuple(values: object, argument: str, kinds: tuple[type, ...]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from datetime import timedelta
 from enum import Enum, StrEnum
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -17,6 +18,7 @@ from airflow_provider_matviews import headers
 from airflow_provider_matviews.checks import (
     ParameterValue,
     as_parameters,
+    as_seconds,
     as_tuple,
     check_flag,
     check_one_of,
@@ -36,6 +38,7 @@ from airflow_provider_matviews.parts import (
     as_labels,
 )
 from airflow_provider_matviews.timeouts import Timeouts
+from airflow_provider_matviews.windows import MaintenanceWindow, as_windows
 
 
 class RefreshStrategy(StrEnum):
@@ -119,6 +122,11 @@ class MatViewDefinition:
         set for its transaction only.
     :param timeouts: limits in seconds for every operation on it, by the names that the operators give them:
         ``lock_timeout``, ``max_wait``, ``statement_timeout``, ``timeout``. Those of a call go before them.
+    :param refresh_windows: when it may be refreshed: windows, or their text, such as
+        ``"mon-fri 22:00-06:00 Europe/Berlin"`` (UTC where no zone is named); none for always. Outside of them a
+        refresh is skipped, unless the view holds no data yet; create and delete do not mind them.
+    :param min_interval: seconds, or a timedelta, that have to pass after a refresh before the next one, which is
+        skipped until then; None for none.
     :raises InvalidDefinition: when it can be seen, without a server, that this can never be a view.
     """
 
@@ -145,6 +153,8 @@ class MatViewDefinition:
     depends_on_extensions: Sequence[str] = ()
     exclusive: bool = False
     renamed_from: str | None = None
+    refresh_windows: Sequence[MaintenanceWindow | str] = ()
+    min_interval: float | timedelta | None = None
 
     def __post_init__(self) -> None:
         view = ViewName.parse(self.name)
@@ -157,6 +167,8 @@ class MatViewDefinition:
         set_on(self, "storage_parameters", as_parameters(self.storage_parameters))
         set_on(self, "session_settings", check_session_settings(self.session_settings))
         set_on(self, "timeouts", Timeouts.of(self.timeouts).said())
+        set_on(self, "refresh_windows", as_windows(self.refresh_windows))
+        set_on(self, "min_interval", as_seconds(self.min_interval, "min_interval"))
         for column in self.unique_index_columns:
             check_identifier(column, "column name in unique_index_columns")
         for other in self.depends_on:
@@ -240,6 +252,7 @@ class MatViewDefinition:
         ]
         declaration["columns"] = [_plain(column) for column in self.columns]
         declaration["statistics"] = [_plain(each) for each in self.statistics]
+        declaration["refresh_windows"] = [str(window) for window in self.refresh_windows]
         return declaration
 
     def to_sql(self) -> str:
@@ -420,6 +433,7 @@ __all__ = [
     "IfLocked",
     "Index",
     "IndexKey",
+    "MaintenanceWindow",
     "MatViewDefinition",
     "OnDrift",
     "ParameterValue",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import psycopg
 
 if TYPE_CHECKING:
+    from airflow_provider_matviews.services.fleet import FleetResponse
     from airflow_provider_matviews.services.plan_steps import Plan
     from airflow_provider_matviews.services.response import ServiceResponse
 
@@ -115,6 +116,24 @@ class OperationCancelled(MatViewError, psycopg.errors.QueryCanceled):
 
 class OperationTimedOut(MatViewError, psycopg.errors.QueryCanceled):
     """The operation took longer than its ``timeout`` in all and was stopped. Everything it did is undone."""
+
+
+class FleetFailed(MatViewError):
+    """Of several views that were to be refreshed some were not; the others were.
+
+    :ivar failed: those whose refresh failed.
+    :ivar stopped: those that read one of them, near or far, and were left as they are.
+    :ivar result: what came of each; None where the error came by way of a triggerer.
+    """
+
+    result: FleetResponse | None = None
+
+    def __init__(
+        self, message: str, *, failed: Sequence[str] = (), stopped: Sequence[str] = (), hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.failed = tuple(failed)
+        self.stopped = tuple(stopped)
 
 
 class RunLost(MatViewError):

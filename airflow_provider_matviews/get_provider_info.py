@@ -30,13 +30,19 @@ def get_provider_info() -> dict[str, Any]:
         "operators": [
             {
                 "integration-name": "PostgreSQL materialized views",
-                "python-modules": ["airflow_provider_matviews.operators.matview"],
+                "python-modules": [
+                    "airflow_provider_matviews.operators.matview",
+                    "airflow_provider_matviews.operators.pg_cron",
+                ],
             }
         ],
         "triggers": [
             {
                 "integration-name": "PostgreSQL materialized views",
-                "python-modules": ["airflow_provider_matviews.triggers.matview"],
+                "python-modules": [
+                    "airflow_provider_matviews.triggers.matview",
+                    "airflow_provider_matviews.triggers.changes",
+                ],
             }
         ],
     }

@@ -45,8 +45,8 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
 
 
 def stood_back(response: ServiceResponse) -> bool:
-    """Whether another operation on the view ran, so that nothing was done."""
-    return bool(response.response.get("locked"))
+    """Whether nothing was done: another operation on the view ran, or its turn has not come."""
+    return bool(response.response.get("locked") or response.response.get("spared"))
 
 
 def log_statements(log: logging.Logger | Any, response: ServiceResponse, redact: Callable[[str], str] = str) -> None:

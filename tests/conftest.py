@@ -128,7 +128,7 @@ def db(servers: dict[int, PostgresServer]) -> Iterator[Database]:
 @pytest.fixture(autouse=True)
 def _without_settling(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a deferred task waits for is a scheduler, and `dag.test()` has none."""
-    monkeypatch.setattr("airflow_provider_matviews.operators.matview.SETTLING", 0.0)
+    monkeypatch.setattr("airflow_provider_matviews.operators.base.SETTLING", 0.0)
 
 
 def hook_on(database: Database, user: str = "postgres", **arguments: Any) -> MatViewHook:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import pickle
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from airflow_provider_matviews.definition import (
     ExtendedStatistics,
     Index,
     IndexKey,
+    MaintenanceWindow,
     MatViewDefinition,
     RefreshStrategy,
     load_definitions,
@@ -26,6 +28,7 @@ from airflow_provider_matviews.definition import (
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
 from airflow_provider_matviews.names import ViewName, quote, shorten
 from airflow_provider_matviews.parts import Grant
+from airflow_provider_matviews.windows import DAYS
 
 _CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 #: What could end the header, or a string in it, before its time.
@@ -90,6 +93,16 @@ _STATISTICS = st.builds(
 )
 
 
+_WINDOWS = st.builds(
+    MaintenanceWindow,
+    start=st.sampled_from(["00:00", "22:30"]),
+    end=st.sampled_from(["06:00", "24:00"]),
+    days=st.lists(st.sampled_from(DAYS), max_size=3),
+    timezone=st.sampled_from(["UTC", "America/Argentina/Buenos_Aires", "Etc/GMT+1"]),
+)
+_INTERVALS = st.timedeltas(min_value=timedelta(microseconds=1))
+
+
 @st.composite
 def _definitions(draw: st.DrawFn) -> MatViewDefinition:
     # Of all indexes one at the most.
@@ -134,6 +147,8 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
         security_labels=draw(_LABELS),
         depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=2)),
         exclusive=draw(st.booleans()),
+        refresh_windows=draw(st.lists(_WINDOWS | _WINDOWS.map(str), max_size=2)),
+        min_interval=draw(st.none() | st.integers(1, 10**9) | st.floats(1e-3, 1e9) | _INTERVALS),
         renamed_from=draw(st.none() | _NAME.filter(lambda other: ViewName.parse(other) != ViewName.parse(name))),
     )
 
@@ -289,6 +304,15 @@ def test_arguments_may_be_lists_and_plain_words() -> None:
         ),
         ({"renamed_from": "MV"}, "mv is declared as renamed from itself"),
         ({"renamed_from": "a b"}, "does not parse"),
+        ({"refresh_windows": "22:00-06:00"}, "refresh_windows is a list or tuple"),
+        ({"refresh_windows": [None]}, "holds None, which is not MaintenanceWindow"),
+        ({"refresh_windows": ["tonight"]}, "'tonight' is no window"),
+        ({"refresh_windows": ["22:00-06:00 Berlin"]}, "timezone='Berlin' of a window is none that is known here"),
+        ({"min_interval": 0}, "min_interval=0 is not a positive number of seconds"),
+        ({"min_interval": timedelta(minutes=-1)}, "is not a positive number of seconds, or a timedelta"),
+        ({"min_interval": float("nan")}, "is not a positive number"),
+        ({"min_interval": True}, "is not a positive number"),
+        ({"min_interval": "15 min"}, "is not a positive number"),
         ({"grants": {"reporting": ["NONE", "SELECT"]}}, "grants['reporting'] says NONE and more"),
         ({"grants": {"reporting": ["SELECT GRANTED BY"]}}, "there are ALL, DELETE"),
         ({"grants": {"reporting": ["SELECT GRANTED BY a.b"]}}, "'a.b' is not the name of a role"),

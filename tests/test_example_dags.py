@@ -40,7 +40,13 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
     for name in [name for name in os.environ if name.startswith("AIRFLOW_CONN_")]:
         monkeypatch.delenv(name)
     dags = _dags()
-    assert sorted(dags) == ["matviews_create", "matviews_delete", "matviews_drift", "matviews_refresh"]
+    assert sorted(dags) == [
+        "matviews_create",
+        "matviews_delete",
+        "matviews_drift",
+        "matviews_fleet",
+        "matviews_refresh",
+    ]
     assert {Path(dag.fileloc).name for dag in dags.values()} == {path.name for path in EXAMPLES.glob("*.py")}
     assert all(dag.doc_md for dag in dags.values())
 
@@ -81,8 +87,13 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     assert runs["analytics.daily_events"].row_count_before == rows["analytics.daily_events"]
     assert (runs["analytics.daily_events"].row_count_after or 0) < (rows["analytics.daily_events"] or 0)
 
+    fleet = run_dag(dags["matviews_fleet"])
+    assert fleet.states == {f"refresh.{view}": "success" for view in views}
+    order = [run.view for run in reversed(hook_on(warehouse).runs(limit=4))]
+    assert order.index("analytics.account_weeks") < order.index("analytics.account_retention")
+
     deleted = run_dag(dags["matviews_delete"])
     assert deleted.state == "success"
     assert set(deleted.states.values()) == {"success"}
     assert warehouse.rows("SELECT matviewname FROM pg_matviews") == []
-    assert warehouse.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 13
+    assert warehouse.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 17

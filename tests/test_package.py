@@ -33,11 +33,7 @@ NAME = "airflow-provider-matviews"
 SERVICES = PACKAGE / "services"
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
-OPERATORS = [
-    member
-    for member in vars(operators).values()
-    if isinstance(member, type) and member.__module__ == operators.__name__ and not member.__name__.startswith("_")
-]
+OPERATORS = [getattr(operators, name) for name in operators.__all__]
 
 
 def _python(code: str, *arguments: str, **environment: str) -> str:
@@ -178,9 +174,10 @@ with DAG("quiet", schedule="@daily", template_searchpath=[FOLDER]) as dag:
     matview.RefreshMatViewOperator.partial(task_id="r3").expand(view=["a", "b"])
     matview.DeleteMatViewOperator(task_id="d1", view="mv")
     matview.DeleteMatViewOperator(task_id="d2", definition=declared, cascade=True)
+    matview.RefreshMatViewsOperator(task_id="all", views=["*.*"], skip_unchanged=True)
     MatViewHook(postgres_conn_id="postgres_default")
 used = {type(task).__name__ for task in dag.tasks}
-assert {n for n in vars(matview) if n.endswith("Operator") and n[0] != "_" and n != "BaseOperator"} <= used, used
+assert set(matview.__all__) <= used, used
 """
 
 _WATCHED = f"""

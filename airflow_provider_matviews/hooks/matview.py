@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -28,17 +28,23 @@ from airflow_provider_matviews.definition import (
     check_flag,
 )
 from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
+from airflow_provider_matviews.hooks.fleet import FleetRun
 from airflow_provider_matviews.names import ViewName, check_identifier
-from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services import catalog, change_log
 from airflow_provider_matviews.services.adopt import Adopted, read_definition, read_definitions, write_definitions
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import IndexFacts
+from airflow_provider_matviews.services.change_log import ChangeLogResponse, LoggedTable
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.execute_async import AsyncDriver
+from airflow_provider_matviews.services.fleet import FleetResponse
+from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
+from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.operations import Operations
+from airflow_provider_matviews.services.pg_cron import CronImport, import_runs
 from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.response import ServiceResponse
@@ -140,6 +146,8 @@ class MatViewHook(PostgresHook):
         self.given = given
         self._drivers: set[Driver | AsyncDriver] = set()
         self._refused: str | None = None
+        #: The event loop of a blocking call that runs one.
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._conninfo: str | None = None
         self._learnt = 0.0
 
@@ -240,6 +248,9 @@ class MatViewHook(PostgresHook):
         max_bloat: float = 1.5,
         analyze: bool | None = None,
         vacuum: bool = False,
+        skip_unchanged: bool = False,
+        max_staleness: float | None = None,
+        ignore_windows: bool = False,
         session_settings: Mapping[str, ParameterValue] | None = None,
         if_locked: IfLocked | str = IfLocked.WAIT,
         lock_timeout: float | None = None,
@@ -256,6 +267,12 @@ class MatViewHook(PostgresHook):
         :param max_bloat: ``auto`` rebuilds when a row takes so many times the room it took after the last rebuild.
         :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
         :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
+        :param skip_unchanged: leave it alone where nothing that it reads has changed since its last refresh by us. A
+            change may be seen up to 10 s after its COMMIT, by the next refresh then. Refreshed all the same are views
+            whose result may move by itself: the clock, random values, foreign tables, functions that cannot be seen
+            into.
+        :param max_staleness: seconds after which such a view is refreshed; until then it is left alone, too.
+        :param ignore_windows: pass over its windows and its minimum interval.
         :param session_settings: PostgreSQL settings for this operation, before those of the definition.
         :param if_locked: what to do while another operation on the view runs: ``wait``, ``skip`` or ``fail``.
         :param lock_timeout: seconds for which readers may queue behind one attempt to lock; None for what the
@@ -265,7 +282,8 @@ class MatViewHook(PostgresHook):
         :param timeout: seconds after which the whole operation is stopped on the server; None likewise, and never.
         :param dry_run: only find out what would be done: the response's ``sql`` and ``locks``, which are logged;
             nothing is changed, and no run is recorded.
-        :returns: the response: ``updated``, or ``skipped`` with ``if_locked="skip"``.
+        :returns: the response: ``updated``; ``skipped`` with ``if_locked="skip"``, with ``skip_unchanged``, and outside
+            of its windows.
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
@@ -278,6 +296,9 @@ class MatViewHook(PostgresHook):
                 max_bloat=max_bloat,
                 analyze=analyze,
                 vacuum=vacuum,
+                skip_unchanged=skip_unchanged,
+                max_staleness=max_staleness,
+                ignore_windows=ignore_windows,
                 session_settings=session_settings,
                 if_locked=if_locked,
                 timeouts=Timeouts(
@@ -365,6 +386,69 @@ class MatViewHook(PostgresHook):
         """Do as :meth:`refresh` does, on asynchronous connections; see :meth:`acreate`."""
         return await self._arun(lambda: self._operations.refresh(view_or_definition, **_with_timeouts(arguments)))
 
+    def refresh_many(
+        self,
+        views: Sequence[str] = (),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        feeds: bool = False,
+        needs: bool = False,
+        stale: bool = False,
+        at_once: int = 4,
+        **arguments: Any,
+    ) -> FleetResponse:
+        """Refresh several views, each after those that it reads, so many at a time. One run row each.
+
+        One that fails stops what reads it, near and far, and nothing else.
+
+        :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``;
+            ``*.*`` is all of the database.
+        :param schemas: exact names of schemas, all views of which are meant.
+        :param exclude: names and patterns of views that are not meant after all.
+        :param feeds: whether everything that reads them is meant too.
+        :param needs: whether everything that they read is meant too.
+        :param stale: whether of all these only those are meant that are older than what they read, and what reads
+            those. The others leave no run row, which ``skip_unchanged`` gives them.
+        :param at_once: how many at a time, on connections of their own. Where it is more than one,
+            ``max_parallel_workers_per_gather`` is 0 unless the call or the definition says otherwise: with parallel
+            queries left on there was no gain (measured on 2 cores).
+        :param arguments: those of :meth:`refresh`; ``timeout`` and the others are each view's own.
+        :returns: what came of each.
+        :raises FleetFailed: when some were not refreshed; ``result`` of it tells what came of all.
+        :raises ViewNotFound: when a name stands for no materialized view.
+        :raises InvalidDefinition: when an argument is nothing of that, or a view is given by none of them.
+        :raises OperationCancelled: when one was cancelled; none is begun then.
+        """
+        # Here, where asking Airflow for the connection is what it is for any other operation.
+        self._conninfo, self._learnt = self._learn_conninfo(), time.monotonic()
+        work = self.arefresh_many(
+            views,
+            schemas=schemas,
+            exclude=exclude,
+            feeds=feeds,
+            needs=needs,
+            stale=stale,
+            at_once=at_once,
+            **arguments,
+        )
+
+        async def run() -> FleetResponse:
+            self._loop = asyncio.get_running_loop()
+            try:
+                return await work
+            finally:
+                self._loop = None
+
+        return asyncio.run(run())
+
+    async def arefresh_many(self, views: Sequence[str] = (), **arguments: Any) -> FleetResponse:
+        """Do as :meth:`refresh_many` does, in an event loop; see :meth:`acreate`.
+
+        :param arguments: those of :meth:`refresh_many`, and ``deferral`` as of :meth:`acreate`.
+        """
+        return await FleetRun(self, self.log).run(views, **arguments)
+
     def reap(self) -> list[int]:
         """Mark every run that says ``running`` and is not as failed (``RunLost``).
 
@@ -376,6 +460,103 @@ class MatViewHook(PostgresHook):
         """
         return self._read(reap_runs(self._ledger))
 
+    def import_cron_runs(self, *, cron_database: str | None = None, limit: int | None = None) -> CronImport:
+        """Write what pg_cron's jobs did to known views into the record, and warn of views that are scheduled twice.
+
+        Only runs that have ended and are not there yet, so that it can be repeated at any time, by many at once. Known
+        are the views that stand or are recorded; one that is not recorded yet gets a definition with
+        ``managed=False``.
+
+        :param cron_database: the database that pg_cron's tables are in, which is what ``cron.database_name`` says,
+            on the same server; None for that of the views.
+        :param limit: how many of pg_cron's rows to read at the most; None for all that are new.
+        :returns: how many runs of which view were written, the warnings, which are logged too, and whether ``limit``
+            left some for next time.
+        :raises UnsupportedServer: when pg_cron is not installed there, or too old to record its runs.
+        :raises MissingPrivilege: when the role may not read its tables, or use the run tables; the hint is the GRANT.
+        :raises InvalidName: when ``cron_database`` is no identifier.
+        :raises InvalidDefinition: when ``limit`` is not a positive number.
+        """
+        if limit is not None:
+            _check_limit(limit)
+        open_theirs = self._open
+        if cron_database is not None:
+            beside = copy(self)
+            beside.database = check_identifier(cron_database, "cron_database")
+            open_theirs = beside._open
+        ledger = self._ledger
+        with (
+            Driver(self._open, self.log, redact=ledger.redact) as here,
+            Driver(open_theirs, self.log, redact=ledger.redact) as there,
+            self._known(here),
+            self._known(there),
+        ):
+            return import_runs(ledger, here.run, there.run, limit=limit)
+
+    def install_change_log(
+        self,
+        *names: str,
+        bell: bool = False,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        dry_run: bool = False,
+    ) -> ChangeLogResponse:
+        """Have every change of the tables that views read logged from now on, by a trigger on each of them.
+
+        What is so already is left alone, so that this can be run again whenever a partition has been added. Views that
+        read a table that was not logged before count as stale until their next refresh.
+
+        :param names: views, for all tables they read, or tables; each with its partitions, children and parents.
+        :param bell: also NOTIFY, which wakes the watchers at once and makes busy writers slower.
+        :param lock_timeout: seconds for which writers to a table may queue behind one attempt to lock it; None for 1.
+        :param max_wait: seconds after which waiting for a lock ends in failure; None for 600.
+        :param dry_run: only find out what would be done.
+        :returns: the statements, the tables, and of which tables changes are not all logged.
+        :raises InvalidDefinition: when there is no name, or one of something that is neither.
+        :raises ViewNotFound: when nothing of such a name stands.
+        :raises MissingPrivilege: when the role lacks TRIGGER on a table, or may not make the function.
+        :raises psycopg.errors.LockNotAvailable: when a table was not to be had; those before it are done.
+        """
+        check_flag(bell, "bell")
+        check_flag(dry_run, "dry_run")
+        patience = Patience.of(Timeouts(lock_timeout=lock_timeout, max_wait=max_wait))
+        return self._run(change_log.install(self.tracking_schema, names, bell=bell, patience=patience, dry_run=dry_run))
+
+    def remove_change_log(
+        self, *names: str, lock_timeout: float | None = None, max_wait: float | None = None, dry_run: bool = False
+    ) -> ChangeLogResponse:
+        """Drop the triggers of the change log, and what it has of their tables.
+
+        :param names: views, for all tables they read, or tables; none for every table that has one.
+        :param lock_timeout: as in :meth:`install_change_log`; readers wait too, for DROP TRIGGER locks them out.
+        :param max_wait: likewise.
+        :param dry_run: only find out what would be done.
+        :raises ViewNotFound: when nothing of such a name stands.
+        :raises MissingPrivilege: when the role does not own a table.
+        :raises psycopg.errors.LockNotAvailable: when a table was not to be had; those before it are done.
+        """
+        check_flag(dry_run, "dry_run")
+        patience = Patience.of(Timeouts(lock_timeout=lock_timeout, max_wait=max_wait))
+        return self._run(change_log.remove(self.tracking_schema, names or None, patience=patience, dry_run=dry_run))
+
+    def change_log(self, *names: str) -> list[LoggedTable]:
+        """Return the tables that views read, and which of their changes are logged; ``gap`` says what is not.
+
+        :param names: views, for all tables they read, or tables; none for every table that is logged or that a view on
+            record reads.
+        :raises ViewNotFound: when nothing of such a name stands.
+        """
+        return self._read(change_log.show(self.tracking_schema, names or None))
+
+    def prune_change_log(self, *, max_wait: float = 60.0) -> int:
+        """Delete what the change log no longer needs, as a watcher does by itself; return how many rows.
+
+        :param max_wait: seconds to wait for the transactions that are running now.
+        :raises InvalidDefinition: when it is not a positive number.
+        """
+        longest = Timeouts(max_wait=max_wait).max_wait
+        return self._run(change_log.prune_all(self.tracking_schema, longest or 0.0))
+
     def runs(self, view: str | None = None, *, limit: int = 20) -> list[Run]:
         """Return the latest runs, newest first.
 
@@ -383,8 +564,7 @@ class MatViewHook(PostgresHook):
         :param limit: how many at the most.
         :raises InvalidDefinition: when ``limit`` is not a positive number.
         """
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise InvalidDefinition(f"limit={limit!r} is not a positive number of runs.")
+        _check_limit(limit)
         name = None if view is None else ViewName.parse(view)
         ledger = self._ledger
 
@@ -490,6 +670,10 @@ class MatViewHook(PostgresHook):
         for note in notes:
             self.log.warning("%s: %s.", definition.name, note)
 
+    def graph(self) -> Graph:
+        """Read which materialized views of the database read which, and which tables; nothing is recorded of it."""
+        return self._read(read_graph())
+
     def cancel(self, reason: str = "cancel() was called") -> bool:
         """Stop the operation that runs now: its statement is cancelled on the server and everything undone.
 
@@ -500,9 +684,17 @@ class MatViewHook(PostgresHook):
         :returns: whether there was one.
         """
         running = list(self._drivers)
+        if self._loop is not None:
+            # A handler of signals, or another thread: the loop has to be woken for it.
+            self._loop.call_soon_threadsafe(self._cancel, running, reason)
+        else:
+            self._cancel(running, reason)
+        return bool(running)
+
+    @staticmethod
+    def _cancel(running: Sequence[Driver | AsyncDriver], reason: str) -> None:
         for driver in running:
             driver.cancel(reason)
-        return bool(running)
 
     def refuse(self, reason: str) -> None:
         """Stop the operation that runs now, and every one that is begun from now on, as :meth:`cancel` does."""
@@ -554,6 +746,15 @@ class MatViewHook(PostgresHook):
     def _open(self) -> psycopg.Connection[Any]:
         return cast("psycopg.Connection[Any]", self.get_conn())
 
+    async def aconnect(self) -> psycopg.AsyncConnection[Any]:
+        """Open an asynchronous connection as :meth:`get_conn` opens a blocking one, without holding up the loop.
+
+        :raises InvalidDefinition: when the Airflow connection is not one to PostgreSQL.
+        :raises UnsupportedServer: when the server is older than PostgreSQL 14 or something else.
+        :raises psycopg.OperationalError: when the server cannot be reached.
+        """
+        return await self._aopen()
+
     async def _aopen(self) -> psycopg.AsyncConnection[Any]:
         # How to connect is PostgresHook's business, and get_conn() its only stable way in: it opens one connection, and
         # ours is opened as that one was. Learnt anew after a while, since passwords of IAM run out.
@@ -569,6 +770,10 @@ class MatViewHook(PostgresHook):
     @cached_property
     def _operations(self) -> Operations:
         return Operations(self._ledger, self.context, self.longest, self.given)
+
+    def _operations_for(self, seconds: float | None) -> Operations:
+        """Return operations that end in so many seconds, of all that were given."""
+        return replace(self._operations, longest=seconds, given=self.given or self.longest)
 
     @cached_property
     def _ledger(self) -> Ledger:
@@ -636,6 +841,11 @@ class MatViewHook(PostgresHook):
 def _asides() -> ThreadPoolExecutor:
     # Not the loop's own threads, which other triggers need while a server of ours does not answer.
     return ThreadPoolExecutor(8, thread_name_prefix="matviews")
+
+
+def _check_limit(limit: object) -> None:
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise InvalidDefinition(f"limit={limit!r} is not a positive number of runs.")
 
 
 def _with_timeouts(arguments: dict[str, Any]) -> dict[str, Any]:

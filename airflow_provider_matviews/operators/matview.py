@@ -2,233 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
-from uuid import uuid4
-
-from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, AssetAlias, BaseOperator, conf
+from typing import Any, ClassVar, Literal
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
-from airflow_provider_matviews.outcome import log_error, log_statements, stood_back, summary, unpack_error
+from airflow_provider_matviews.operators.base import DeferrableViewOperator, ViewOperator
+from airflow_provider_matviews.operators.fleet import RefreshMatViewsOperator
 from airflow_provider_matviews.services.response import ServiceResponse
-from airflow_provider_matviews.timeouts import LONGEST, Timeouts
-from airflow_provider_matviews.triggers.matview import MatViewTrigger
-
-if TYPE_CHECKING:
-    from airflow.providers.common.compat.sdk import Context
 
 
-#: A deferred operation for which no limit is given ends after a day: Airflow itself would leave it for ever.
-LONGEST_DEFERRAL = timedelta(days=1).total_seconds()
-#: Seconds after deferral before which its trigger does not fire. Airflow 3.3.2 fails a task that is queued again before
-#: the scheduler has noted the end of its first half ("the task instance's state attribute is queued"; measured).
-SETTLING = 3.0
-#: Of execution_timeout, what is left for the server to stop and for the record, before Airflow ends the process.
-_SHARE_LEFT, _MOST_LEFT = 0.1, 5.0
-#: Seconds after its own deadline when Airflow ends a deferred operation that has not been heard of.
-_GRACE = 60.0
-_STOPPED = (
-    "Airflow stopped the task (it was marked or cleared, its DAG run ended or timed out, or its worker was shut down)"
-)
-
-
-class _MatViewOperator(BaseOperator):
-    """What all of them share: which view, over which connection, and how a response becomes log, XCom and events."""
-
-    template_fields: Sequence[str] = ("conn_id", "tracking_schema", "view", "definition")
-    template_fields_renderers: ClassVar[dict[str, str]] = {"definition": "py"}
-    ui_color = "#e6f1f2"
-
-    def __init__(
-        self,
-        *,
-        view: str | None = None,
-        definition: MatViewDefinition | Mapping[str, Any] | None = None,
-        conn_id: str = "postgres_default",
-        tracking_schema: str = "matviews",
-        if_locked: str = "wait",
-        lock_timeout: float | None = None,
-        max_wait: float | None = None,
-        statement_timeout: float | None = None,
-        timeout: float | None = None,
-        dry_run: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.view = view
-        self.definition = definition
-        self.conn_id = conn_id
-        self.tracking_schema = tracking_schema
-        self.if_locked = if_locked
-        self.lock_timeout = lock_timeout
-        self.max_wait = max_wait
-        self.statement_timeout = statement_timeout
-        self.timeout = timeout
-        # Not `dry_run`: that is a method of BaseOperator.
-        self.is_dry_run = dry_run
-        self._hook: MatViewHook | None = None
-
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Do it, and return a summary for XCom.
-
-        :raises AirflowSkipException: when another operation on the view ran and ``if_locked="skip"``.
-        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
-        :raises psycopg.Error: what PostgreSQL says.
-        """
-        hook = self._hook = self._make_hook(context)
-        try:
-            response = self._perform(hook)
-        except Exception as error:
-            log_error(self.log, error, hook.redact)
-            raise
-        finally:
-            self._hook = None
-        if self.is_dry_run:
-            # Airflow tells of every asset that a task which succeeds has as its outlet.
-            self.outlets = []
-            return summary(response, hook.redact)
-        log_statements(self.log, response, hook.redact)
-        return self._conclude(context, hook, summary(response, hook.redact), stood_back(response))
-
-    def on_kill(self) -> None:
-        """Stop the statement on the server; what it had done is undone there."""
-        if self._hook is not None:
-            self._hook.refuse(_STOPPED)
-
-    def _make_hook(self, context: Context) -> MatViewHook:
-        return MatViewHook(
-            postgres_conn_id=self.conn_id,
-            tracking_schema=self.tracking_schema,
-            context=_whose(context),
-            longest=self._longest(),
-        )
-
-    def _conclude(
-        self, context: Context, hook: MatViewHook, summary: dict[str, Any], stood_back: bool
-    ) -> dict[str, Any]:
-        if stood_back:
-            raise AirflowSkipException(f"{summary['view']}: {summary['reason']}.")
-        self._emit_events(context, hook, summary)
-        return summary
-
-    def _perform(self, hook: MatViewHook) -> ServiceResponse:
-        raise NotImplementedError
-
-    def _terms(self) -> dict[str, Any]:
-        return {
-            "if_locked": self.if_locked,
-            "lock_timeout": self.lock_timeout,
-            "max_wait": self.max_wait,
-            "statement_timeout": self.statement_timeout,
-            "timeout": self.timeout,
-            "dry_run": self.is_dry_run,
-        }
-
-    def _longest(self) -> float | None:
-        """Return the seconds after which the server is stopped, so that Airflow need not end the process."""
-        if self.execution_timeout is None:
-            return None
-        seconds = self.execution_timeout.total_seconds()
-        return min(seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT), LONGEST)
-
-    def _declared(self) -> MatViewDefinition | None:
-        if self.definition is None:
-            return None
-        if self.view is not None:
-            raise InvalidDefinition("Give either view=... or definition=..., not both.")
-        if isinstance(self.definition, MatViewDefinition):
-            return self.definition
-        return MatViewDefinition.from_dict(self.definition)
-
-    def _subject(self) -> str | MatViewDefinition:
-        subject = self._declared() or self.view
-        if subject is None:
-            raise InvalidDefinition("Which view? Give view='schema.view' or definition=MatViewDefinition(...).")
-        return subject
-
-    def _emit_events(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> None:
-        for outlet in self.outlets:
-            if isinstance(outlet, AssetAlias):
-                if summary["status"] != "skipped":
-                    context["outlet_events"][outlet].add(Asset(hook.asset_uri(summary["view"])), extra=summary)
-            elif isinstance(outlet, Asset):
-                context["outlet_events"][outlet].extra.update(summary)
-
-
-class _DeferrableMatViewOperator(_MatViewOperator):
-    """What those share that can also run in the triggerer."""
-
-    def __init__(
-        self,
-        *,
-        deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
-        cancel_on_kill: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.deferrable = deferrable
-        self.cancel_on_kill = cancel_on_kill
-
-    def execute(self, context: Context) -> dict[str, Any]:
-        """Do it, here or in the triggerer, and return a summary for XCom.
-
-        :raises AirflowSkipException: when another operation on the view ran and ``if_locked="skip"``.
-        :raises TaskDeferred: when the triggerer is to do it.
-        :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
-        :raises psycopg.Error: what PostgreSQL says.
-        """
-        if self.deferrable and not self.is_dry_run:
-            self._defer(context)
-        return super().execute(context)
-
-    def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
-        """Go on where the trigger has ended.
-
-        :raises AirflowSkipException: as of :meth:`execute`.
-        :raises MatViewError: as of :meth:`execute`.
-        :raises psycopg.Error: as of :meth:`execute`.
-        """
-        if "error" in event:
-            error = unpack_error(event["error"])
-            log_error(self.log, error)
-            raise error
-        return self._conclude(context, self._make_hook(context), event["summary"], event["stood_back"])
-
-    def _deferred(self) -> tuple[Literal["create", "refresh"], str | MatViewDefinition, dict[str, Any]]:
-        """Return what the triggerer is to do: the operation, on what, and how."""
-        raise NotImplementedError
-
-    def _defer(self, context: Context) -> NoReturn:
-        operation, subject, arguments = self._deferred()
-        # Refused here and not only in the triggerer.
-        limits = Timeouts(**{name: arguments[name] for name in Timeouts.names()})
-        if isinstance(subject, MatViewDefinition):
-            limits = limits.over(Timeouts.of(subject.timeouts))
-        given = [each for each in (limits.timeout, self._longest()) if each is not None]
-        seconds = min(given, default=LONGEST_DEFERRAL)
-        trigger = MatViewTrigger(
-            operation=operation,
-            subject=subject if isinstance(subject, str) else subject.to_dict(),
-            arguments=arguments,
-            conn_id=self.conn_id,
-            tracking_schema=self.tracking_schema,
-            context=_whose(context),
-            deferral=str(uuid4()),
-            deadline=time.time() + seconds,
-            timeout=seconds,
-            not_before=time.time() + SETTLING,
-            cancel_on_kill=self.cancel_on_kill,
-        )
-        self.log.info("Deferred: the triggerer carries out the %s, for %g s at the most.", operation, seconds)
-        self.defer(trigger=trigger, method_name="execute_complete", timeout=timedelta(seconds=seconds + _GRACE))
-
-
-class CreateMatViewOperator(_DeferrableMatViewOperator):
+class CreateMatViewOperator(DeferrableViewOperator):
     """Create a materialized view as its definition says, or make one that stands what it says.
 
     What a view that stands has and its definition does not mention is left alone. A changed query is applied by
@@ -261,10 +47,10 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
     """
 
-    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "sql", "on_drift")
+    template_fields: Sequence[str] = (*ViewOperator.template_fields, "sql", "on_drift")
     template_ext: Sequence[str] = (".sql",)
     template_fields_renderers: ClassVar[dict[str, str]] = {
-        **_MatViewOperator.template_fields_renderers,
+        **ViewOperator.template_fields_renderers,
         "sql": "sql",
     }
 
@@ -334,7 +120,7 @@ class CreateMatViewOperator(_DeferrableMatViewOperator):
         return definition
 
 
-class RefreshMatViewOperator(_DeferrableMatViewOperator):
+class RefreshMatViewOperator(DeferrableViewOperator):
     """Refresh a materialized view, declared or not.
 
     :param view: the view's name. (templated)
@@ -344,6 +130,12 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
     :param max_bloat: ``auto`` rebuilds when a row takes so many times the room it took after the last rebuild.
     :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
     :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
+    :param skip_unchanged: leave it alone, and skip the task, where nothing that it reads has changed since its last
+        refresh by us. Views whose result may move by itself (the clock, foreign tables, functions that cannot be seen
+        into) are refreshed all the same.
+    :param max_staleness: with ``skip_unchanged``: seconds after which such a view is refreshed; until then it is left
+        alone, too.
+    :param ignore_windows: refresh it also outside of its windows, and sooner than its minimum interval.
     :param session_settings: PostgreSQL settings for this operation, before those of the definition.
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
@@ -360,7 +152,7 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
     """
 
-    template_fields: Sequence[str] = (*_MatViewOperator.template_fields, "refresh_strategy")
+    template_fields: Sequence[str] = (*ViewOperator.template_fields, "refresh_strategy")
 
     def __init__(
         self,
@@ -370,6 +162,9 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
         max_bloat: float = 1.5,
         analyze: bool | None = None,
         vacuum: bool = False,
+        skip_unchanged: bool = False,
+        max_staleness: float | None = None,
+        ignore_windows: bool = False,
         session_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -379,6 +174,9 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
         self.max_bloat = max_bloat
         self.analyze = analyze
         self.vacuum = vacuum
+        self.skip_unchanged = skip_unchanged
+        self.max_staleness = max_staleness
+        self.ignore_windows = ignore_windows
         self.session_settings = session_settings
 
     def _perform(self, hook: MatViewHook) -> ServiceResponse:
@@ -394,12 +192,15 @@ class RefreshMatViewOperator(_DeferrableMatViewOperator):
             "max_bloat": self.max_bloat,
             "analyze": self.analyze,
             "vacuum": self.vacuum,
+            "skip_unchanged": self.skip_unchanged,
+            "max_staleness": self.max_staleness,
+            "ignore_windows": self.ignore_windows,
             "session_settings": self.session_settings,
             **self._terms(),
         }
 
 
-class DeleteMatViewOperator(_MatViewOperator):
+class DeleteMatViewOperator(ViewOperator):
     """Drop a materialized view; nothing to do is fine. Its definition row and its history stay.
 
     :param view: the view's name. (templated)
@@ -427,6 +228,9 @@ class DeleteMatViewOperator(_MatViewOperator):
         return hook.delete(self._subject(), cascade=self.cascade, force=self.force, **self._terms())
 
 
-def _whose(context: Context) -> dict[str, Any]:
-    task_instance = context["ti"]
-    return {key: getattr(task_instance, key) for key in ("dag_id", "task_id", "run_id", "map_index", "try_number")}
+__all__ = [
+    "CreateMatViewOperator",
+    "DeleteMatViewOperator",
+    "RefreshMatViewOperator",
+    "RefreshMatViewsOperator",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import datetime
 from enum import IntEnum
@@ -81,6 +81,7 @@ class DefinitionRecord:
     :ivar sql: the query; None for a view of which nothing but the name is known.
     :ivar declaration: the whole definition, as :meth:`MatViewDefinition.from_dict` reads it; empty for a view
         that was never declared.
+    :ivar source_state: what its sources looked like before its last refresh, as ``staleness.Baseline`` reads it.
     """
 
     id: int
@@ -94,6 +95,7 @@ class DefinitionRecord:
     declaration: dict[str, Any]
     created_at: datetime
     updated_at: datetime
+    source_state: dict[str, Any] | None = None
 
     @property
     def session_settings(self) -> dict[str, Any]:
@@ -436,6 +438,30 @@ class Ledger:
         assert row is not None
         return int(row["id"])
 
+    def skip_many(self, operation: Operation, runs: Sequence[tuple[int, Mapping[str, Any]]]) -> Work[list[int]]:
+        """Insert runs that never began, as ``skipped``, and return their ids in the same order.
+
+        :param runs: of each the id of its definition, and its meta.
+        """
+        if not runs:
+            return []
+        rows = yield from fetch_all(
+            sql.SQL(
+                "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, finished_at, duration_ms, "
+                "meta) SELECT new.definition_id, %s, %s, now, now, 0, new.meta FROM clock_timestamp() AS now, "
+                "unnest(%s::bigint[], %s::jsonb[]) WITH ORDINALITY AS new (definition_id, meta, position) "
+                "ORDER BY new.position RETURNING id"
+            ).format(self._table("mat_view_runs")),
+            (
+                RunStatus.SKIPPED,
+                operation,
+                [definition_id for definition_id, _ in runs],
+                [Jsonb(self.clean(meta)) for _, meta in runs],
+            ),
+            Session.RECORD,
+        )
+        return sorted(int(row["id"]) for row in rows)
+
     def finish(self, run_id: int, status: RunStatus, duration_ms: int, meta: Mapping[str, Any]) -> Work[None]:
         """End a run well, in the operation's own transaction."""
         yield from fetch_all(
@@ -445,6 +471,56 @@ class Ledger:
             ).format(self._table("mat_view_runs")),
             (status, duration_ms, Jsonb(self.clean(meta)), run_id),
         )
+
+    def keep_sources(self, definition_id: int, view: ResolvedName, state: Mapping[str, Any]) -> Work[None]:
+        """Keep what a view's sources looked like before its refresh, in the operation's own transaction.
+
+        Added is which version of the view and of its stored query came of it.
+        """
+        yield from fetch_all(
+            sql.SQL(
+                "UPDATE {} d SET source_state = %s || jsonb_build_object("
+                "'oid', c.oid::bigint, 'version', c.xmin::text, 'rule', w.oid || ':' || w.xmin) "
+                "FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+                "JOIN pg_catalog.pg_rewrite w ON w.ev_class = c.oid AND w.rulename = '_RETURN' "
+                "WHERE n.nspname = %s AND c.relname = %s AND d.id = %s"
+            ).format(self._table("mat_view_definitions")),
+            (Jsonb(state), view.schema, view.name, definition_id),
+        )
+
+    def source_states(self, session: Session) -> Work[dict[tuple[str, str], tuple[int, dict[str, Any] | None]]]:
+        """Return the id and what is kept of its sources for every view on record, by schema and name."""
+        rows = yield from fetch_all(
+            sql.SQL("SELECT id, schema_name, view_name, source_state FROM {}").format(
+                self._table("mat_view_definitions")
+            ),
+            (),
+            session,
+        )
+        return {(row["schema_name"], row["view_name"]): (row["id"], row["source_state"]) for row in rows}
+
+    def settle_sources(self, definition_id: int, at: datetime) -> Work[None]:
+        """Note that no transaction is left that is older than what was kept of a view's sources at a moment."""
+        yield from fetch_all(
+            sql.SQL(
+                "UPDATE {} SET source_state = source_state || '{{\"open\": []}}' "
+                "WHERE id = %s AND source_state->>'at' = %s"
+            ).format(self._table("mat_view_definitions")),
+            (definition_id, at.isoformat()),
+            Session.RECORD,
+        )
+
+    def last_filled(self, definition_id: int) -> Work[datetime | None]:
+        """Return when a view was last filled, by whichever operation, or None."""
+        row = yield from fetch_one(
+            sql.SQL(
+                "SELECT finished_at FROM {} WHERE mat_view_definition_id = %s AND status = %s AND operation < %s "
+                "ORDER BY created_at DESC, id DESC LIMIT 1"
+            ).format(self._table("mat_view_runs")),
+            (definition_id, RunStatus.SUCCESS, Operation.DROP),
+            Session.RECORD,
+        )
+        return None if row is None else row["finished_at"]
 
     def fail(self, run_id: int, error: BaseException, duration_ms: int, meta: Mapping[str, Any]) -> Work[RunStatus]:
         """End a run as ``failed`` unless it did commit, and return the status that it now has.

@@ -100,6 +100,36 @@ JOIN {schema}.mat_view_definitions d ON d.id = r.mat_view_definition_id"""),
             "ON {schema}.mat_view_runs ((meta->>'deferral')) WHERE meta ? 'deferral'"
         ),
     ),
+    # What a view's sources looked like before its last refresh.
+    3: (sql.SQL("ALTER TABLE {schema}.mat_view_definitions ADD COLUMN source_state jsonb"),),
+    # Runs of pg_cron's jobs, each of which is imported once, and how far each role has read them.
+    4: (
+        sql.SQL(
+            "CREATE UNIQUE INDEX index_mat_view_runs_on_pg_cron "
+            "ON {schema}.mat_view_runs ((meta->'pg_cron'->>'identity')) WHERE meta ? 'pg_cron'"
+        ),
+        sql.SQL("""
+CREATE TABLE {schema}.mat_view_cron_imports (
+    role text PRIMARY KEY,
+    runid bigint NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+)"""),
+    ),
+    # Which transactions changed which tables, as the triggers write it that `install_change_log` puts there. Its key
+    # says each once, is what is looked up, and lets a publication of all tables take the deleting.
+    5: (
+        sql.SQL("""
+CREATE TABLE {schema}.mat_view_changes (
+    relation oid NOT NULL,
+    transaction_id xid8 NOT NULL,
+    changed_at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    PRIMARY KEY (relation, transaction_id)
+)"""),
+        sql.SQL(
+            "COMMENT ON TABLE {schema}.mat_view_changes IS 'Which transactions changed the tables that materialized "
+            "views read. Written by triggers on those tables, where install_change_log has put them.'"
+        ),
+    ),
 }
 
 LATEST = max(MIGRATIONS)

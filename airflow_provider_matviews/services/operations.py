@@ -33,6 +33,7 @@ from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import Prepared, Subject, Terms, record_run, rehearse_run
+from airflow_provider_matviews.services.sparing import Sparing, spare
 from airflow_provider_matviews.timeouts import Timeouts
 
 Service = Callable[[Prepared], Work[ServiceResponse]]
@@ -135,6 +136,9 @@ class Operations:
         max_bloat: float = 1.5,
         analyze: bool | None = None,
         vacuum: bool = False,
+        skip_unchanged: bool = False,
+        max_staleness: float | None = None,
+        ignore_windows: bool = False,
         **manners: Any,
     ) -> Work[ServiceResponse]:
         """Return the work of :meth:`MatViewHook.refresh`."""
@@ -146,8 +150,14 @@ class Operations:
         check_flag(vacuum, "vacuum")
         if analyze is not None:
             check_flag(analyze, "analyze")
+        sparing = Sparing(skip_unchanged, max_staleness, ignore_windows)
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
+            spared = yield from spare(
+                prepared.view, prepared.record, self.ledger, prepared.report, sparing, prepared.server.pid
+            )
+            if spared:
+                return prepared.report.end("skipped")
             refreshing = refresh_view(
                 prepared.view,
                 prepared.server,
@@ -179,6 +189,9 @@ class Operations:
             "analyze": analyze,
             "vacuum": vacuum,
             "max_bloat": max_bloat,
+            "skip_unchanged": skip_unchanged,
+            "max_staleness": max_staleness,
+            "ignore_windows": ignore_windows,
         }
         return self._recorded(Operation.REFRESH, view_or_definition, service, request, **manners)
 

@@ -83,6 +83,8 @@ class Report:
     dry_run: bool = False
     #: Milliseconds for which another operation on the view had to be waited for.
     waited_ms: int = 0
+    #: What the view's sources looked like before it was filled, to be kept when it succeeds.
+    source_state: dict[str, Any] | None = None
 
     @classmethod
     def on(cls, view: str, request: dict[str, Any], *, dry_run: bool = False) -> Report:
@@ -95,6 +97,7 @@ class Report:
         """Forget what was undone, before it is tried again."""
         self.response.clear()
         self.follow_up.clear()
+        self.source_state = None
         self.told(
             view=self.request["view"],
             sql=[],

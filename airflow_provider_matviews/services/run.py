@@ -475,6 +475,8 @@ def _carry_out(
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
         meta = _meta(prepared.report, terms, response.status)
         yield from declared(status)
+        if prepared.report.source_state is not None:
+            yield from ledger.keep_sources(prepared.record.id, prepared.view, prepared.report.source_state)
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import OperationTimedOut
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.outcome import log_statements, pack_error, stood_back, summary
+from airflow_provider_matviews.services.fleet import FleetResponse
 from airflow_provider_matviews.services.response import ServiceResponse
 
 #: What the triggerer says when somebody acted on the task; it says nothing when it is shutting down itself.
@@ -33,9 +34,9 @@ class MatViewTrigger(BaseTrigger):
     It owns its connections. The triggerer may run it twice, one copy after another or, when a triggerer was taken for
     dead, beside each other: the database lets one at a time do it, and the next one finds what it left.
 
-    :param operation: ``create`` or ``refresh``.
-    :param subject: the view's name, or its definition as plain data.
-    :param arguments: of :meth:`MatViewHook.create` or :meth:`MatViewHook.refresh`, plain data.
+    :param operation: ``create``, ``refresh`` or ``refresh_many``.
+    :param subject: the view's name, or its definition as plain data; None for ``refresh_many``.
+    :param arguments: of the hook's method of that name, plain data.
     :param conn_id: the PostgreSQL connection.
     :param tracking_schema: the schema of the run tables.
     :param context: whose task it is.
@@ -50,8 +51,8 @@ class MatViewTrigger(BaseTrigger):
     def __init__(
         self,
         *,
-        operation: Literal["create", "refresh"],
-        subject: str | Mapping[str, Any],
+        operation: Literal["create", "refresh", "refresh_many"],
+        subject: str | Mapping[str, Any] | None,
         arguments: Mapping[str, Any],
         conn_id: str,
         tracking_schema: str,
@@ -114,9 +115,16 @@ class MatViewTrigger(BaseTrigger):
             if isinstance(so_far, ServiceResponse):
                 log_statements(self.log, so_far, hook.redact if hook else str)
             payload: dict[str, Any] = {"error": pack_error(error, hook.redact if hook else str)}
+            result = getattr(error, "result", None)
+            if isinstance(result, FleetResponse) and hook is not None:
+                payload["table"] = [hook.redact(line) for line in result.table()]
         else:
-            log_statements(self.log, response, hook.redact)
-            payload = {"summary": summary(response, hook.redact), "stood_back": stood_back(response)}
+            if isinstance(response, FleetResponse):
+                # What the table tells in the triggerer's log belongs into the task's, too.
+                payload = {"summary": response.as_dict(), "table": [hook.redact(line) for line in response.table()]}
+            else:
+                log_statements(self.log, response, hook.redact)
+                payload = {"summary": summary(response, hook.redact), "stood_back": stood_back(response)}
         await asyncio.sleep(max(0.0, self.not_before - time.time()))
         yield TriggerEvent(payload)  # type: ignore[no-untyped-call]
 
@@ -129,15 +137,19 @@ class MatViewTrigger(BaseTrigger):
             )
         return remaining
 
-    async def _carry_out(self, hook: MatViewHook) -> ServiceResponse:
+    def _work(self, hook: MatViewHook) -> Coroutine[Any, Any, ServiceResponse | FleetResponse]:
         arguments = {**self.arguments, "deferral": self.deferral}
+        if self.operation == "refresh_many":
+            return hook.arefresh_many(**arguments)
+        assert self.subject is not None
         if self.operation == "create":
             assert not isinstance(self.subject, str)
-            work = hook.acreate(MatViewDefinition.from_dict(self.subject), **arguments)
-        else:
-            subject = self.subject if isinstance(self.subject, str) else MatViewDefinition.from_dict(self.subject)
-            work = hook.arefresh(subject, **arguments)
-        task = asyncio.create_task(work)
+            return hook.acreate(MatViewDefinition.from_dict(self.subject), **arguments)
+        subject = self.subject if isinstance(self.subject, str) else MatViewDefinition.from_dict(self.subject)
+        return hook.arefresh(subject, **arguments)
+
+    async def _carry_out(self, hook: MatViewHook) -> ServiceResponse | FleetResponse:
+        task = asyncio.create_task(self._work(hook))
         try:
             # A task of its own: being cancelled is then news that can be told to it with its reason, and once.
             return await asyncio.shield(task)

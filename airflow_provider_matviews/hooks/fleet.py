@@ -1,0 +1,240 @@
+"""A fleet on its connections: so many drivers as views are refreshed at a time, and one log that tells of all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, OperationTimedOut
+from airflow_provider_matviews.services import fleet as fleets
+from airflow_provider_matviews.services.execute_async import AsyncDriver
+from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, Outcome, Selection
+from airflow_provider_matviews.services.graph import Graph
+from airflow_provider_matviews.services.instructions import Work
+from airflow_provider_matviews.services.migrations import ensure_schema, explained
+from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.sparing import Sparing
+from airflow_provider_matviews.timeouts import Timeouts
+
+if TYPE_CHECKING:
+    from airflow_provider_matviews.hooks.matview import MatViewHook
+
+#: More connections at a time would be a server's trouble rather than a fleet's gain.
+_MOST_AT_ONCE = 100
+_WORKERS = "max_parallel_workers_per_gather"
+
+
+class _Log:
+    """Says before each line which view it is about."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self.view = ""
+
+    def info(self, message: str, *arguments: Any) -> None:
+        self._log.info("%s: " + message, self.view, *arguments)
+
+    def warning(self, message: str, *arguments: Any) -> None:
+        self._log.warning("%s: " + message, self.view, *arguments)
+
+    def debug(self, message: str, *arguments: Any) -> None:
+        self._log.debug("%s: " + message, self.view, *arguments)
+
+
+@dataclass
+class _Slot:
+    driver: AsyncDriver
+    log: _Log
+
+
+class FleetRun:
+    """Refreshes several views over a hook's connections; see :meth:`MatViewHook.refresh_many`."""
+
+    def __init__(self, hook: MatViewHook, log: Any) -> None:
+        self._hook = hook
+        self._log = log
+        self._slots: list[_Slot] = []
+        self._begun = time.monotonic()
+
+    async def run(
+        self,
+        views: Sequence[str] = (),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        feeds: bool = False,
+        needs: bool = False,
+        stale: bool = False,
+        at_once: int = 4,
+        skip_unchanged: bool = False,
+        max_staleness: float | None = None,
+        ignore_windows: bool = False,
+        deferral: str | None = None,
+        dry_run: bool = False,
+        **arguments: Any,
+    ) -> FleetResponse:
+        """Do it; the arguments are those of :meth:`MatViewHook.refresh_many` and :meth:`MatViewHook.refresh`."""
+        if isinstance(at_once, bool) or not isinstance(at_once, int) or not 1 <= at_once <= _MOST_AT_ONCE:
+            raise InvalidDefinition(f"at_once={at_once!r} is not a number of views from 1 to {_MOST_AT_ONCE}.")
+        selection = Selection(views, schemas, exclude, feeds, needs, stale)
+        sparing = Sparing(skip_unchanged, max_staleness, ignore_windows)
+        limits = {name: arguments.pop(name) for name in Timeouts.names() if name in arguments}
+        arguments |= {
+            "skip_unchanged": skip_unchanged,
+            "max_staleness": max_staleness,
+            "ignore_windows": ignore_windows,
+            "dry_run": dry_run,
+            "timeouts": Timeouts(**limits),
+        }
+        # Refused here, once, and not by every view.
+        (await self._hook._aside(lambda: self._hook._operations_for(None).refresh("checked", **arguments))).close()
+        meta = {
+            "request": {"skip_unchanged": skip_unchanged, "max_staleness": max_staleness},
+            **self._hook.context,
+            "process": f"{os.getpid()} on {platform.node()}",
+        }
+        try:
+            fleet = await self._alone(lambda: self._muster(selection, sparing, meta, dry_run))
+            self._tell_plan(fleet, at_once)
+            at_once = min(at_once, max(1, len(fleet.needs) - len(fleet.outcomes)))
+
+            async def refresh(view: str) -> ServiceResponse:
+                return await self._refresh(fleet, view, deferral, at_once, arguments)
+
+            await fleets.carry_out(fleet, refresh, at_once=at_once, tell=lambda outcome: self._tell(fleet, outcome))
+            if not dry_run and fleet.with_status("stopped"):
+                await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, meta))
+        finally:
+            for slot in self._slots:
+                await slot.driver.close()
+        return self._conclude(fleet)
+
+    def _muster(self, selection: Selection, sparing: Sparing, meta: dict[str, Any], dry_run: bool) -> Work[Fleet]:
+        ledger = self._hook._ledger
+        if not dry_run:
+            yield from ensure_schema(ledger.tracking_schema)
+        mustering = fleets.muster(ledger, selection, sparing, meta, dry_run=dry_run)
+        return (yield from explained(ledger.tracking_schema, mustering))
+
+    async def _alone(self, make: Any) -> Any:
+        slot = self._slot("fleet")
+        with self._hook._known(slot.driver):
+            result = await slot.driver.run(await self._hook._aside(make))
+        self._slots.append(slot)
+        return result
+
+    def _slot(self, view: str) -> _Slot:
+        """Return a driver that nobody uses, with the connections that it has by now."""
+        if self._slots:
+            slot = self._slots.pop()
+        else:
+            log = _Log(self._log)
+            slot = _Slot(AsyncDriver(self._hook._aopen, log, redact=self._hook.redact), log)
+        slot.log.view = view
+        return slot
+
+    async def _refresh(
+        self, fleet: Fleet, view: str, deferral: str | None, at_once: int, arguments: dict[str, Any]
+    ) -> ServiceResponse:
+        settings = dict(arguments.get("session_settings") or {})
+        known = fleet.definitions.get(view)
+        if at_once > 1 and not (known is not None and _WORKERS in known.session_settings):
+            settings.setdefault(_WORKERS, 0)
+        manners = {**arguments, "session_settings": settings}
+        if deferral is not None:
+            manners["deferral"] = f"{deferral} {view}"
+        remaining = self._remaining()
+        work = self._hook._operations_for(remaining).refresh(view, **manners)
+        slot = self._slot(view)
+        try:
+            with self._hook._known(slot.driver):
+                response = await slot.driver.run(work)
+        except (Exception, asyncio.CancelledError):
+            # It may have been stopped, which it remembers.
+            await slot.driver.close()
+            raise
+        self._slots.append(slot)
+        return response
+
+    def _remaining(self) -> float | None:
+        if self._hook.longest is None:
+            return None
+        remaining = self._hook.longest - (time.monotonic() - self._begun)
+        if remaining < 0.001:
+            raise OperationTimedOut(
+                f"Not begun: all the time that was given ({self._hook.given or self._hook.longest:.4g} s) is over.",
+                hint="give the task more time (execution_timeout), or see in the table what took so long.",
+            )
+        return remaining
+
+    def _tell_plan(self, fleet: Fleet, at_once: int) -> None:
+        left = len(fleet.outcomes)
+        count = len(fleet.needs) - left
+        if left:
+            self._log.info("%s unchanged, and left alone.", _views(left, "is", "are"))
+        if not fleet.needs:
+            self._log.info("No view is to be refreshed.")
+        if count:
+            levels = len(_levels(fleet))
+            self._log.info(
+                "%s to be refreshed, on %s level%s, %s at a time.",
+                _views(count, "is", "are"),
+                levels,
+                "" if levels == 1 else "s",
+                at_once,
+            )
+
+    def _tell(self, fleet: Fleet, outcome: Outcome) -> None:
+        place = f"[{len(fleet.outcomes)}/{len(fleet.needs)}]"
+        reason = self._hook.redact(outcome.reason or "")
+        if outcome.status in ("failed", "stopped"):
+            self._log.warning("%s %s %s: %s", place, outcome.view, outcome.status, reason)
+        else:
+            self._log.info("%s %s %s", place, outcome.view, outcome.status)
+
+    def _conclude(self, fleet: Fleet) -> FleetResponse:
+        result = FleetResponse(tuple(fleet.outcomes[view] for view in fleet.needs), time.monotonic() - self._begun)
+        counts = [f"{result.count(status)} {status}" for status in fleets.STATUSES if result.count(status)]
+        self._log.info("%s in %.2f s.", ", ".join(counts) or "Nothing done", result.seconds)
+        if result.outcomes:
+            self._log.info("::group::What came of each view")
+            for line in result.table():
+                self._log.info("%s", self._hook.redact(line))
+            self._log.info("::endgroup::")
+        if failed := fleet.with_status("failed"):
+            raise self._failure(fleet, failed, result)
+        return result
+
+    def _failure(self, fleet: Fleet, failed: Sequence[str], result: FleetResponse) -> FleetFailed:
+        told = [f"{view}: {(fleet.outcomes[view].reason or '').splitlines()[0]}" for view in failed[:5]]
+        if len(failed) > 5:
+            told.append(f"and {len(failed) - 5} more")
+        stopped = fleet.with_status("stopped")
+        error = FleetFailed(
+            self._hook.redact(
+                f"{len(failed)} of {_views(len(fleet.needs))} could not be refreshed"
+                + (f", and {len(stopped)} more were left as they are because they read those" if stopped else "")
+                + ". "
+                + "; ".join(told)
+            ),
+            failed=failed,
+            stopped=stopped,
+            hint="mend what the run rows of these say, then run it again: skip_unchanged=True spares the others.",
+        )
+        error.result = result
+        return error
+
+
+def _levels(fleet: Fleet) -> list[tuple[str, ...]]:
+    waiting = {view: needs - fleet.outcomes.keys() for view, needs in fleet.needs.items() if view not in fleet.outcomes}
+    return Graph({}, waiting).levels
+
+
+def _views(count: int, singular: str = "", plural: str = "") -> str:
+    verb = singular if count == 1 else plural
+    return f"{count} view{'' if count == 1 else 's'}{f' {verb}' if verb else ''}"

@@ -1,0 +1,423 @@
+"""Many views refreshed together: which ones, in which order, and what becomes of those that read one that failed.
+
+Knows no Airflow. The order is the catalog's, with what definitions declare beside it (``depends_on``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from psycopg import sql
+
+from airflow_provider_matviews.checks import as_tuple, check_flag
+from airflow_provider_matviews.exceptions import (
+    InvalidDefinition,
+    MatViewError,
+    OperationCancelled,
+    ViewNotFound,
+)
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.graph import Graph, read_graph
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation
+from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.sparing import Sparing
+from airflow_provider_matviews.services.staleness import judge_views
+
+_WILD = frozenset("*?[")
+_STANDING = sql.SQL(
+    """
+    SELECT given.name, n.nspname::text AS schema, c.relname::text AS relation
+    FROM unnest(%(names)s::text[]) AS given (name)
+    LEFT JOIN pg_catalog.pg_class c ON c.oid = to_regclass(given.name)
+    LEFT JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    """
+)
+
+Status = Literal["updated", "skipped", "failed", "stopped"]
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which views.
+
+    :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``; a
+        pattern without a dot is over the names of schema ``public``.
+    :param schemas: exact names of schemas, all views of which are meant.
+    :param exclude: names and patterns of views that are not meant after all.
+    :param feeds: whether everything that reads them is meant too, near and far.
+    :param needs: whether everything that they read is meant too, near and far.
+    :param stale: whether of all these only those are meant that are older than what they read, and what reads those.
+    :raises InvalidDefinition: when it is nothing of that, or selects nothing by its form.
+    """
+
+    views: Sequence[str] = ()
+    schemas: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    feeds: bool = False
+    needs: bool = False
+    stale: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("views", "schemas", "exclude"):
+            object.__setattr__(self, name, as_tuple(getattr(self, name), name, (str,)))
+        for name in ("feeds", "needs", "stale"):
+            check_flag(getattr(self, name), name)
+        for name in (*self.views, *self.exclude):
+            if not _is_pattern(name):
+                ViewName.parse(name)
+        if not self.views and not self.schemas:
+            raise InvalidDefinition(
+                "Which views? views= and schemas= are empty.",
+                hint="give views=['analytics.*'], schemas=['analytics'], or views=['*.*'] for all of the database.",
+            )
+
+    def of(self, graph: Graph, standing: Mapping[str, str | None]) -> frozenset[str]:
+        """Return the names of the views that are meant, but for :attr:`stale`.
+
+        :param standing: of each exact name, the view that it stands for in the graph; None where there is none.
+        :raises ViewNotFound: when an exact name stands for no materialized view.
+        """
+        missing = [name for name in self.views if not _is_pattern(name) and standing[name] is None]
+        if missing:
+            raise ViewNotFound(
+                f"No materialized view stands under {', '.join(missing)}.",
+                hint="create it first, mend the name, or use a pattern, which may select nothing.",
+            )
+        chosen = self._matching(self.views, graph, standing)
+        chosen |= {name for name, view in graph.views.items() if view.schema in self.schemas}
+        if self.feeds:
+            chosen |= graph.fed_by(chosen)
+        if self.needs:
+            chosen |= graph.needed_by(chosen)
+        return frozenset(chosen - self._matching(self.exclude, graph, standing))
+
+    @staticmethod
+    def _matching(names: Sequence[str], graph: Graph, standing: Mapping[str, str | None]) -> set[str]:
+        exact = {standing[name] for name in names if not _is_pattern(name)}
+        patterns = [name if "." in name else f"public.{name}" for name in names if _is_pattern(name)]
+        matching = {
+            name
+            for name, view in graph.views.items()
+            if any(fnmatchcase(f"{view.schema}.{view.name}", pattern) for pattern in patterns)
+        }
+        return matching | {name for name in exact if name is not None}
+
+    @property
+    def exact_names(self) -> list[str]:
+        """The names that are no patterns."""
+        return [name for name in (*self.views, *self.exclude) if not _is_pattern(name)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one view.
+
+    :ivar status: ``updated``, ``skipped``, ``failed``, or ``stopped`` because something that it reads failed.
+    :ivar reason: why, for a person; the error's message where it failed.
+    :ivar response: of its refresh; None where none was begun.
+    """
+
+    view: str
+    status: Status
+    reason: str | None = None
+    response: ServiceResponse | None = None
+    run_id: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, for XCom."""
+        facts = self.response.response if self.response else {}
+        return {
+            "view": self.view,
+            "status": self.status,
+            "strategy": facts.get("strategy"),
+            "row_count_before": facts.get("row_count_before"),
+            "row_count_after": facts.get("row_count_after"),
+            "duration_ms": self.response.duration_ms if self.response else None,
+            "reason": self.reason,
+            "mat_view_run_id": self.run_id,
+        }
+
+
+@dataclass
+class Fleet:
+    """The views that are to be refreshed, and how far that has come.
+
+    :ivar needs: of each of them, those among them that it waits for.
+    :ivar views: where they stand, by name.
+    :ivar definitions: what is recorded of them, by name.
+    """
+
+    needs: dict[str, frozenset[str]]
+    views: Mapping[str, ResolvedName] = field(default_factory=dict)
+    definitions: Mapping[str, DefinitionRecord] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    begun: set[str] = field(default_factory=set)
+
+    def ready(self) -> list[str]:
+        """Return the views whose turn has come and that have not begun, those first that most wait for."""
+        ready = [
+            view for view, needed in self.needs.items() if view not in self.begun and needed <= self.outcomes.keys()
+        ]
+        return sorted(ready, key=lambda view: -self._waiting[view])
+
+    @cached_property
+    def _waiting(self) -> dict[str, int]:
+        """How many views wait for each."""
+        graph = Graph({}, self.needs)
+        return {view: len(graph.fed_by([view])) for view in self.needs}
+
+    def end(self, outcome: Outcome) -> None:
+        """Take note of how one has ended."""
+        self.begun.add(outcome.view)
+        self.outcomes[outcome.view] = outcome
+
+    def blamed(self, view: str) -> str | None:
+        """Return what keeps a view from being refreshed: one that it reads, and that was not."""
+        blamed = [need for need in self.needs[view] if self.outcomes[need].status in ("failed", "stopped")]
+        return min(blamed, default=None)
+
+    def with_status(self, *statuses: Status) -> list[str]:
+        """Return the views that have ended so, in order."""
+        return [view for view in self.needs if view in self.outcomes and self.outcomes[view].status in statuses]
+
+
+@dataclass(frozen=True)
+class FleetResponse:
+    """What came of refreshing several views.
+
+    :ivar outcomes: of each, in the order in which they depend on each other.
+    :ivar seconds: that all of it took.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    def count(self, status: Status) -> int:
+        """Return how many have ended so."""
+        return sum(outcome.status == status for outcome in self.outcomes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, for XCom."""
+        return {
+            **{status: self.count(status) for status in STATUSES},
+            "seconds": round(self.seconds, 3),
+            "views": [outcome.as_dict() for outcome in self.outcomes],
+        }
+
+    def table(self) -> list[str]:
+        """Return the lines of a table of all of it, those first that somebody has to look at."""
+        urgency = {"failed": 0, "stopped": 1, "updated": 2, "skipped": 3}
+        rows = [("view", "status", "strategy", "rows", "seconds", "reason")]
+        for outcome in sorted(self.outcomes, key=lambda outcome: urgency[outcome.status]):
+            facts = outcome.as_dict()
+            rows.append(
+                (
+                    outcome.view,
+                    outcome.status,
+                    facts["strategy"] or "",
+                    "" if facts["row_count_after"] is None else f"{facts['row_count_after']:,}",
+                    "" if facts["duration_ms"] is None else f"{facts['duration_ms'] / 1000:.2f}",
+                    # What it was, not why it was chosen.
+                    "" if outcome.status == "updated" else (outcome.reason or "").splitlines()[0],
+                )
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        return [
+            "  ".join(
+                [
+                    cell.rjust(width) if column in (3, 4) else cell.ljust(width)
+                    for column, (cell, width) in enumerate(zip(row, widths, strict=False))
+                ]
+                + [row[5]]
+            ).rstrip()
+            for row in rows
+        ]
+
+
+def muster(
+    ledger: Ledger, selection: Selection, sparing: Sparing, meta: Mapping[str, Any], *, dry_run: bool = False
+) -> Work[Fleet]:
+    """Find out which views are to be refreshed and in which order; record those that are left alone.
+
+    With ``skip_unchanged`` the views of which nothing has changed, and nothing that they read will be refreshed, are
+    skipped here, all by a few statements.
+
+    :param meta: what the run rows of those say beside the reason.
+    :param dry_run: record nothing.
+    :raises ViewNotFound: when a name stands for no materialized view.
+    """
+    graph = yield from read_graph(Session.RECORD)
+    definitions = {record.name: record for record in (yield from ledger.definitions())}
+    graph = _with_declared(graph, definitions)
+    chosen = selection.of(graph, (yield from _standing(selection.exact_names, graph)))
+    order = [view for view in graph.order if view in chosen]
+    needs = {view: graph.needs_in_order[view] & chosen for view in order}
+    if not selection.stale and not sparing.skip_unchanged:
+        return Fleet(needs, graph.views, definitions)
+    judgements = {
+        judgement.view.display: judgement
+        for judgement in (
+            yield from judge_views(ledger, [graph.views[view] for view in order], max_staleness=sparing.max_staleness)
+        )
+    }
+    # What reads a view that is to be refreshed is looked at when that has ended.
+    changing: set[str] = set()
+    for view in order:
+        if view not in judgements or judgements[view].stale or needs[view] & changing:
+            changing.add(view)
+    if selection.stale:
+        return Fleet({view: needs[view] & changing for view in order if view in changing}, graph.views, definitions)
+    fleet = Fleet(needs, graph.views, definitions)
+    unchanged = [judgements[view] for view in order if view not in changing]
+    run_ids: Sequence[int | None] = [None] * len(unchanged)
+    if not dry_run:
+        for judgement in unchanged:
+            if judgement.settled_at is not None:
+                yield from ledger.settle_sources(definitions[judgement.view.display].id, judgement.settled_at)
+        run_ids = yield from _record_skipped(
+            ledger, definitions, [(each.view.display, each.reason) for each in unchanged], meta, spared="unchanged"
+        )
+    for judgement, run_id in zip(unchanged, run_ids, strict=True):
+        fleet.end(Outcome(judgement.view.display, "skipped", judgement.reason, None, run_id))
+    return fleet
+
+
+def _standing(names: Sequence[str], graph: Graph) -> Work[dict[str, str | None]]:
+    """Return which view of the graph each name stands for, as the search path has it."""
+    written = {name: str(ViewName.parse(name)) for name in names}
+    rows = yield from fetch_all(_STANDING, {"names": list(written.values())}, Session.RECORD)
+    found = {row["name"]: (row["schema"], row["relation"]) for row in rows}
+    displays = {(view.schema, view.name): display for display, view in graph.views.items()}
+    return {name: displays.get(found[text]) for name, text in written.items()}
+
+
+def _with_declared(graph: Graph, definitions: Mapping[str, DefinitionRecord]) -> Graph:
+    """Return the graph with what definitions say that a view comes after (``depends_on``)."""
+    displays = {(view.schema, view.name): display for display, view in graph.views.items()}
+    needs = dict(graph.needs)
+    for name, record in definitions.items():
+        if name not in needs:
+            continue
+        parsed = [ViewName.parse(other) for other in record.declaration.get("depends_on", ())]
+        declared = {displays.get((other.schema or "public", other.name)) for other in parsed}
+        needs[name] = needs[name] | frozenset(other for other in declared if other is not None and other != name)
+    return Graph(graph.views, needs, graph.sources)
+
+
+def _is_pattern(name: str) -> bool:
+    return bool(_WILD & set(name)) and '"' not in name
+
+
+async def carry_out(
+    fleet: Fleet,
+    refresh: Callable[[str], Awaitable[ServiceResponse]],
+    *,
+    at_once: int,
+    tell: Callable[[Outcome], None],
+) -> None:
+    """Refresh the views of a fleet, each after those that it waits for, so many at a time.
+
+    One that fails stops what reads it, near and far, and nothing else.
+
+    :param refresh: refreshes one view, by its name.
+    :param at_once: how many at a time.
+    :param tell: is told of each that has ended.
+    :raises OperationCancelled: when one was cancelled on purpose: no other is begun then.
+    :raises BaseException: what ends the process; what runs is cancelled first, and its end waited for.
+    """
+    running: dict[asyncio.Task[ServiceResponse], str] = {}
+    cancelled: OperationCancelled | None = None
+    try:
+        while True:
+            while cancelled is None and (turn := _turn(fleet, len(running) < at_once)) is not None:
+                view, blamed = turn
+                if blamed is not None:
+                    outcome = Outcome(view, "stopped", f"{blamed}, which it reads, was not refreshed")
+                    fleet.end(outcome)
+                    tell(outcome)
+                else:
+                    fleet.begun.add(view)
+                    running[asyncio.ensure_future(refresh(view))] = view
+            if not running:
+                break
+            done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                outcome = _outcome(running.pop(task), task)
+                fleet.end(outcome)
+                tell(outcome)
+                if isinstance(error := task.exception(), OperationCancelled):
+                    cancelled = error
+    except BaseException:
+        for task in running:
+            task.cancel()
+        if running:
+            await asyncio.wait(running)
+        raise
+    if cancelled is not None:
+        raise cancelled
+
+
+def _turn(fleet: Fleet, room: bool) -> tuple[str, str | None] | None:
+    for view in fleet.ready():
+        blamed = fleet.blamed(view)
+        if room or blamed is not None:
+            return view, blamed
+    return None
+
+
+def _outcome(view: str, task: asyncio.Task[ServiceResponse]) -> Outcome:
+    error = task.exception()
+    if error is None:
+        response = task.result()
+        facts = response.response
+        status: Status = "skipped" if response.status == "skipped" else "updated"
+        return Outcome(view, status, facts.get("stale") or facts.get("reason"), response, response.run_id)
+    if not isinstance(error, Exception):
+        raise error
+    so_far = getattr(error, "response", None)
+    message = error.message if isinstance(error, MatViewError) else str(error)
+    return Outcome(view, "failed", message, so_far, so_far.run_id if so_far else None)
+
+
+def record_stopped(ledger: Ledger, fleet: Fleet, meta: Mapping[str, Any]) -> Work[None]:
+    """Record, of each view that was stopped because of another one, that it was skipped and why."""
+    stopped = [(view, fleet.outcomes[view].reason or "") for view in fleet.with_status("stopped")]
+    definitions = dict(fleet.definitions)
+    for view, _ in stopped:
+        if view not in definitions:
+            definitions[view] = yield from ledger.adopt(fleet.views[view], None, None)
+    run_ids = yield from _record_skipped(ledger, definitions, stopped, meta)
+    for (view, _), run_id in zip(stopped, run_ids, strict=True):
+        fleet.end(replace(fleet.outcomes[view], run_id=run_id))
+
+
+def _record_skipped(
+    ledger: Ledger,
+    definitions: Mapping[str, DefinitionRecord],
+    views: Sequence[tuple[str, str]],
+    meta: Mapping[str, Any],
+    **more: Any,
+) -> Work[list[int]]:
+    rows = [
+        (
+            definitions[view].id,
+            {
+                **meta,
+                "row_count_before": None,
+                "row_count_after": None,
+                "strategy": None,
+                "request": {"view": view, **meta["request"]},
+                "response": {"status": "skipped", "view": view, "sql": [], "steps": [], "reason": reason, **more},
+            },
+        )
+        for view, reason in views
+    ]
+    return (yield from ledger.skip_many(Operation.REFRESH, rows))

@@ -1,0 +1,397 @@
+"""Whether a view is older than what it reads.
+
+A refresh keeps, beside the view's definition, what its sources looked like just before it: for every table the file
+that holds it and the counters of rows inserted, updated and deleted, for every materialized view its last refresh. A
+later look that finds the same can leave the view alone. What was measured for it (150 rounds with writers that
+overlapped): with the look taken before the refresh, in a statement of its own, no committed change was missed and some
+refreshes were needless; with the look taken after, 46 changes were missed.
+
+The counters of a busy session reach others up to 10 s after its COMMIT (PostgreSQL's ``pgstat_report_stat``), so
+"unchanged" may be that old; the look after that sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from psycopg import sql
+
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.graph import DISPLAY, WALK
+from airflow_provider_matviews.services.instructions import Session, Work, fetch_all
+from airflow_provider_matviews.services.ledger import Ledger
+
+_LOOK = sql.SQL(
+    """
+    WITH RECURSIVE roots AS (
+        SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'm' AND (%(schemas)s::text[] IS NULL OR (n.nspname::text, c.relname::text) IN
+                                   (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[])))
+    ), {walk}, shapes AS (
+        -- A view or a function that is replaced gets a new version of its row.
+        SELECT r.root, 'rule' AS kind, w.oid, w.xmin::text AS version
+        FROM reads r JOIN pg_catalog.pg_class c ON c.oid = r.object AND c.relkind = 'v'
+        JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.object AND w.rulename = '_RETURN'
+        WHERE r.class = 'pg_class'::regclass
+        UNION ALL
+        SELECT r.root, 'function', p.oid, p.xmin::text FROM reads r JOIN pg_catalog.pg_proc p ON p.oid = r.object
+        WHERE r.class = 'pg_proc'::regclass
+        UNION ALL
+        SELECT r.root, 'operator', o.oid, o.xmin::text FROM reads r JOIN pg_catalog.pg_operator o ON o.oid = r.object
+        WHERE r.class = 'pg_operator'::regclass
+    )
+    SELECT n.nspname::text AS schema, c.relname::text AS name, {display} AS display,
+           c.oid::bigint AS oid, c.xmin::text AS version,
+           (SELECT w.oid || ':' || w.xmin FROM pg_catalog.pg_rewrite w
+            WHERE w.ev_class = c.oid AND w.rulename = '_RETURN') AS rule,
+           c.relispopulated AS populated, clock_timestamp() AS at, pg_catalog.pg_current_snapshot()::text AS snapshot,
+           current_setting('track_counts')::boolean AS counted,
+           -- After a crash the counters begin anew, and so do those of the background writer.
+           concat_ws(' ', pg_catalog.pg_postmaster_start_time(),
+                     pg_catalog.pg_stat_get_db_stat_reset_time(
+                        (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())),
+                     pg_catalog.pg_stat_get_bgwriter_stat_reset_time()) AS server,
+           (SELECT coalesce(md5(string_agg(concat_ws(':', s.kind, s.oid, s.version), ' ' ORDER BY s.kind, s.oid)), '')
+            FROM shapes s WHERE s.root = c.oid) AS shape,
+           relations.sources, relations.opaque
+    FROM roots JOIN pg_catalog.pg_class c ON c.oid = roots.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+    JOIN LATERAL (
+        SELECT coalesce(jsonb_object_agg({display}, CASE
+                   WHEN c.relkind = 'm' THEN concat_ws(':', c.oid, c.relfilenode, c.xmin)
+                   ELSE concat_ws(':', c.oid, c.relfilenode, pg_catalog.pg_stat_get_tuples_inserted(c.oid),
+                                  pg_catalog.pg_stat_get_tuples_updated(c.oid),
+                                  pg_catalog.pg_stat_get_tuples_deleted(c.oid)) END)
+                   FILTER (WHERE c.relkind IN ('r', 'm')), '{{}}') AS sources,
+               coalesce(array_agg(CASE
+                   WHEN c.relkind = 'f' THEN 'reads the foreign table '
+                   WHEN c.relkind = 'S' THEN 'reads the sequence '
+                   WHEN c.relkind = 'r' AND c.oid < 16384 THEN 'reads the system catalog '
+                   ELSE 'row security decides what it sees of ' END || {display} ORDER BY {display})
+                   FILTER (WHERE c.relkind IN ('f', 'S') OR c.relkind = 'r' AND c.oid < 16384 OR c.relrowsecurity),
+                   '{{}}') AS opaque
+        FROM reads r JOIN pg_catalog.pg_class c ON c.oid = r.object
+        JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE r.root = roots.oid AND r.class = 'pg_class'::regclass AND r.object <> roots.oid
+    ) relations ON true
+    """
+).format(walk=WALK, display=DISPLAY)
+
+#: Transactions that were begun already and may hold an older picture of the data than a look that comes before this.
+#: Ours are not among them: they end with the refresh.
+_OPEN = sql.SQL(
+    "SELECT coalesce(array_agg(virtualxid ORDER BY virtualxid), '{}') AS open FROM pg_catalog.pg_locks "
+    "WHERE locktype = 'virtualxid' AND granted AND pid <> ALL (%(ours)s::integer[])"
+)
+
+#: What of a stored query can give another result though no row of its sources has changed. Built-in functions that are
+#: STABLE are listed by what may be trusted: they depend on settings, which a view's refreshes share, and on their
+#: arguments, not on the clock or on the catalogs.
+_TRUSTED = (
+    "^(any|text|)(text|array|)(any|any)?cat$|^(concat|concat_ws|format|length|convert|convert_from|convert_to|"
+    "array_to_string|array_to_json|row_to_json|to_jsonb?|jsonb?_(strip_nulls|build_array|build_object|populate_record|"
+    "populate_recordset|to_record|to_recordset|to_tsvector|agg|agg_strict|object_agg|object_agg_strict|"
+    "object_agg_unique|object_agg_unique_strict)|jsonb_path_[a-z_]+_tz|quote_literal|quote_nullable|to_char|to_date|"
+    "to_number|to_timestamp|date_part|date_trunc|date_add|date_subtract|extract|generate_series|in_range|"
+    "make_timestamptz|overlaps|money|numeric|timezone|date|time|timetz|timestamp|timestamptz|"
+    "(date|timestamp|timestamptz)_(cmp|eq|ge|gt|le|lt|ne)_(date|timestamp|timestamptz)|interval_pl_timestamptz|"
+    "timestamptz_(mi|pl)_interval|to_tsvector|to_tsquery|plainto_tsquery|phraseto_tsquery|websearch_to_tsquery|"
+    "ts_headline|ts_match_t[qt]|enum_first|enum_last|enum_range|pg_typeof)$"
+)
+_MOVING = sql.SQL(
+    """
+    WITH RECURSIVE roots AS (
+        SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE c.relkind = 'm' AND n.nspname = %(schema)s AND c.relname = %(name)s
+    ), {walk}, texts AS (
+        SELECT w.ev_action::text AS tree
+        FROM reads r JOIN pg_catalog.pg_class c ON c.oid = r.object AND (c.relkind = 'v' OR c.oid = r.root)
+        JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.object AND w.rulename = '_RETURN'
+        WHERE r.class = 'pg_class'::regclass
+        UNION ALL
+        SELECT p.prosqlbody::text FROM reads r JOIN pg_catalog.pg_proc p ON p.oid = r.object
+        WHERE r.class = 'pg_proc'::regclass AND p.prosqlbody IS NOT NULL
+    ), named AS (
+        SELECT DISTINCT m[1] AS kind, m[2]::oid AS oid
+        FROM texts CROSS JOIN LATERAL
+             regexp_matches(tree, ':(funcid|opfuncid|aggfnoid|winfnoid|opno) ([1-9][0-9]*)', 'g') m
+    ), functions AS (
+        SELECT oid FROM named WHERE kind <> 'opno'
+        UNION SELECT o.oprcode FROM named JOIN pg_catalog.pg_operator o ON o.oid = named.oid WHERE named.kind = 'opno'
+        UNION SELECT object FROM reads WHERE class = 'pg_proc'::regclass
+    )
+    SELECT 'calls ' || p.oid::regprocedure AS reason
+    FROM functions JOIN pg_catalog.pg_proc p ON p.oid = functions.oid
+    WHERE p.oid < 16384 AND (p.provolatile = 'v' OR p.provolatile = 's' AND p.proname !~ %(trusted)s
+                             OR p.proname = 'age' AND p.pronargs = 1)
+    UNION
+    SELECT 'calls ' || p.oid::regprocedure || ', which cannot be seen into'
+    FROM functions JOIN pg_catalog.pg_proc p ON p.oid = functions.oid
+    JOIN pg_catalog.pg_language l ON l.oid = p.prolang
+    WHERE p.oid >= 16384 AND p.prosqlbody IS NULL AND p.prokind <> 'a'
+      -- What is compiled is what its author says; a text may read tables whatever it is declared as.
+      AND NOT (p.provolatile = 'i' AND l.lanname IN ('c', 'internal'))
+    UNION
+    SELECT CASE m[1] WHEN 'SQLVALUEFUNCTION' THEN 'asks for the time or for who is asking'
+                     WHEN 'NEXTVALUEEXPR' THEN 'takes numbers from a sequence'
+                     WHEN 'TABLESAMPLECLAUSE' THEN 'takes a random sample (TABLESAMPLE)'
+                     ELSE 'reads a constant anew each time (such as ''today''::text::date)' END
+    FROM texts CROSS JOIN LATERAL regexp_matches(
+        tree, '{{(SQLVALUEFUNCTION|NEXTVALUEEXPR|TABLESAMPLECLAUSE|COERCEVIAIO :arg (?:{{RELABELTYPE :arg )?{{CONST) ',
+        'g') m
+    ORDER BY 1
+    """
+).format(walk=WALK)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a view and its sources look like at one moment.
+
+    :ivar oid: of the view.
+    :ivar version: of the view's row in ``pg_class``, which every refresh, GRANT and ALTER renews.
+    :ivar at: when, by the server's clock.
+    :ivar snapshot: what was committed then, as ``pg_visible_in_snapshot`` reads it.
+    :ivar server: changes when the counters begin anew.
+    :ivar counted: whether the server counts rows.
+    :ivar rule: changes with its query; a swap makes it anew, too.
+    :ivar shape: changes with the views and functions that it reads through.
+    :ivar sources: name -> what changes with its rows.
+    :ivar opaque: what it reads whose changes cannot be seen.
+    """
+
+    view: ResolvedName
+    oid: int
+    version: str
+    populated: bool
+    at: datetime
+    snapshot: str
+    counted: bool
+    server: str
+    rule: str
+    shape: str
+    sources: Mapping[str, str]
+    opaque: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the sources looked like just before the refresh that a view's rows come from.
+
+    :ivar oid: of the view after it.
+    :ivar version: of the view's row after it.
+    :ivar rule: of the view's query after it.
+    :ivar at: when the look was taken, by the server's clock.
+    :ivar snapshot: what was committed then.
+    :ivar moving: why the view's result moves though no source changes.
+    :ivar open: transactions that had begun before, and might refresh the view from an older picture.
+    """
+
+    at: datetime
+    snapshot: str
+    server: str
+    shape: str
+    sources: Mapping[str, str]
+    moving: tuple[str, ...]
+    open: tuple[str, ...]
+    oid: int | None = None
+    version: str | None = None
+    rule: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data, without what is only known when the refresh has ended."""
+        return {
+            "at": self.at.isoformat(),
+            "snapshot": self.snapshot,
+            "server": self.server,
+            "shape": self.shape,
+            "sources": dict(self.sources),
+            "moving": list(self.moving),
+            "open": list(self.open),
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Baseline:
+        """Read what :meth:`as_dict` wrote, with ``oid``, ``version`` and ``rule`` added."""
+        return cls(
+            datetime.fromisoformat(state["at"]),
+            state["snapshot"],
+            state["server"],
+            state["shape"],
+            state["sources"],
+            tuple(state["moving"]),
+            tuple(state["open"]),
+            state["oid"],
+            state["version"],
+            state["rule"],
+        )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a view is older than what it reads.
+
+    :ivar stale: whether it may be; False only where nothing has changed since its last refresh.
+    :ivar reason: why, for a person.
+    :ivar digest: moves whenever anything about its sources moves.
+    :ivar refreshed_at: when the rows it has were true at the earliest, by the server's clock; None where unknown.
+    :ivar moving: why its result moves though no source changes.
+    :ivar definition_id: of its row in the record; None where it has none.
+    :ivar settled_at: of which baseline it has just shown that no older transaction is left; None where that is known
+        already, or not so.
+    """
+
+    view: ResolvedName
+    stale: bool
+    reason: str
+    digest: str
+    refreshed_at: datetime | None = None
+    moving: tuple[str, ...] = ()
+    definition_id: int | None = None
+    settled_at: datetime | None = None
+
+
+def look_at(views: Sequence[ResolvedName] | None, session: Session = Session.RECORD) -> Work[dict[ResolvedName, Look]]:
+    """Look at views and their sources: one statement, whatever their number.
+
+    :param views: those that do not stand are left out; None for all of the database.
+    :param session: where; outside of a transaction, or counters may be as old as the transaction.
+    """
+    names = {
+        "schemas": None if views is None else [view.schema for view in views],
+        "names": None if views is None else [view.name for view in views],
+    }
+    rows = yield from fetch_all(_LOOK, names, session)
+    looks = {}
+    for row in rows:
+        view = ResolvedName(row.pop("schema"), row.pop("name"), row.pop("display"))
+        looks[view] = Look(view, opaque=tuple(row.pop("opaque")), **row)
+    return looks
+
+
+def baseline_of(
+    look: Look, former: Baseline | None, ours: Sequence[int], session: Session = Session.RECORD
+) -> Work[Baseline]:
+    """Return what is to be kept of a look that comes before a refresh.
+
+    :param former: the one that is kept so far: where the query is still the same, it has been read already.
+    :param ours: the server's processes that work for this operation.
+    """
+    moving = look.opaque
+    if former is not None and (former.shape, former.rule) == (look.shape, look.rule):
+        moving += tuple(reason for reason in former.moving if reason not in look.opaque and not _of_relation(reason))
+    else:
+        rows = yield from fetch_all(
+            _MOVING, {"schema": look.view.schema, "name": look.view.name, "trusted": _TRUSTED}, session
+        )
+        moving += tuple(row["reason"] for row in rows)
+    rows = yield from fetch_all(_OPEN, {"ours": list(ours)}, session)
+    return Baseline(look.at, look.snapshot, look.server, look.shape, look.sources, moving, tuple(rows[0]["open"]))
+
+
+def is_settled(baseline: Baseline, ours: Sequence[int], session: Session = Session.RECORD) -> Work[bool]:
+    """Whether every transaction that is older than a baseline has ended, so that none can bring older rows back."""
+    if not baseline.open:
+        return True
+    rows = yield from fetch_all(_OPEN, {"ours": list(ours)}, session)
+    return not set(baseline.open) & set(rows[0]["open"])
+
+
+def judge(look: Look, baseline: Baseline | None, *, max_staleness: float | None = None) -> Judgement:
+    """Say whether a view is older than what it reads.
+
+    :param baseline: what is kept of its last refresh; None where nothing is.
+    :param max_staleness: seconds that a view may be old whose result moves by itself; None for not at all.
+    """
+    reason = _why_stale(look, baseline, max_staleness)
+    digest = f"{look.server} {look.rule} {look.shape} {sorted(look.sources.items())} {look.populated}"
+    at = None if baseline is None else baseline.at
+    moving = look.opaque if baseline is None else baseline.moving
+    if reason is not None:
+        return Judgement(look.view, True, reason, digest, at, moving)
+    assert baseline is not None
+    return Judgement(look.view, False, _why_fresh(look, baseline), digest, at, moving)
+
+
+def judge_views(
+    ledger: Ledger,
+    views: Sequence[ResolvedName] | None = None,
+    *,
+    max_staleness: float | None = None,
+    session: Session = Session.RECORD,
+) -> Work[list[Judgement]]:
+    """Say of many views whether they are older than what they read, by three statements. Changes nothing.
+
+    :param views: those that do not stand are left out; None for all of the database.
+    :param max_staleness: as of :func:`judge`.
+    :param session: where; outside of a transaction.
+    """
+    kept = yield from ledger.source_states(session)
+    # Before the look, as in :func:`is_settled`.
+    open_before = set((yield from fetch_all(_OPEN, {"ours": []}, session))[0]["open"])
+    judgements = []
+    for view, look in (yield from look_at(views, session)).items():
+        definition_id, state = kept.get((view.schema, view.name), (None, None))
+        baseline = None if state is None else Baseline.from_dict(state)
+        judgement = judge(look, baseline, max_staleness=max_staleness)
+        settles = (
+            baseline is not None
+            and bool(baseline.open)
+            and not open_before & set(baseline.open)
+            and look.version == baseline.version
+        )
+        judgements.append(
+            replace(judgement, definition_id=definition_id, settled_at=baseline.at if settles and baseline else None)
+        )
+    return judgements
+
+
+def _why_stale(look: Look, baseline: Baseline | None, max_staleness: float | None) -> str | None:
+    if not look.populated:
+        return "it has never been filled"
+    if baseline is None:
+        return "what its sources looked like at its last refresh is not known"
+    if not look.counted:
+        return "the server does not count rows (track_counts is off)"
+    if look.server != baseline.server:
+        return "the server has counted anew since its last refresh (a restart, or its statistics were reset)"
+    if (look.shape, look.rule) != (baseline.shape, baseline.rule):
+        return "its query, or a view or a function that it reads through, has been changed"
+    changed = sorted(
+        name for name in {*look.sources, *baseline.sources} if look.sources.get(name) != baseline.sources.get(name)
+    )
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"{', '.join(changed[:3])}{more} changed"
+    if look.oid != baseline.oid:
+        return "it has been made anew since its last refresh"
+    if look.version != baseline.version and baseline.open:
+        return "somebody else refreshed or altered it, and perhaps from an older picture of its sources"
+    moving = (*look.opaque, *(reason for reason in baseline.moving if reason not in look.opaque))
+    if moving:
+        told = f"it {moving[0]}" + (f" (and {len(moving) - 1} more)" if len(moving) > 1 else "")
+        if max_staleness is None:
+            return f"{told}, so that its result may move though no table does"
+        age = (look.at - baseline.at).total_seconds()
+        if age >= max_staleness:
+            return f"{told}, and is {age:.0f} s old, with max_staleness={max_staleness:g} s"
+    return None
+
+
+def _why_fresh(look: Look, baseline: Baseline) -> str:
+    count = len(look.sources)
+    told = {0: "nothing that it reads changed", 1: "its source has not changed"}.get(
+        count, f"none of its {count} sources changed"
+    )
+    told += f" since its refresh at {baseline.at:%Y-%m-%d %H:%M:%S %Z}"
+    if look.version != baseline.version:
+        told += "; somebody else has refreshed or altered it since"
+    if baseline.moving:
+        told += f"; it {baseline.moving[0]}, and is not older than max_staleness"
+    return told
+
+
+def _of_relation(reason: str) -> bool:
+    return reason.startswith(("reads the ", "row security "))
