@@ -19,6 +19,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +44,8 @@ def fold(text: str) -> str:
     return text.translate(_LOWER)
 
 
+# The same views are often refreshed and created in one DAG file.
+@lru_cache(maxsize=1024)
 def references(sql: str) -> References:
     """Return the relations that a query reads.
 

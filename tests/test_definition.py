@@ -28,7 +28,6 @@ from airflow_provider_matviews.definition import (
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
 from airflow_provider_matviews.names import ViewName, quote, shorten
 from airflow_provider_matviews.parts import Grant
-from airflow_provider_matviews.windows import DAYS
 
 _CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 #: What could end the header, or a string in it, before its time.
@@ -93,14 +92,8 @@ _STATISTICS = st.builds(
 )
 
 
-_WINDOWS = st.builds(
-    MaintenanceWindow,
-    start=st.sampled_from(["00:00", "22:30"]),
-    end=st.sampled_from(["06:00", "24:00"]),
-    days=st.lists(st.sampled_from(DAYS), max_size=3),
-    timezone=st.sampled_from(["UTC", "America/Argentina/Buenos_Aires", "Etc/GMT+1"]),
-)
-_INTERVALS = st.timedeltas(min_value=timedelta(microseconds=1))
+_WINDOWS = st.sampled_from(["22:30-06:00", "mon-fri,sun 1:00-24:00 America/Argentina/Buenos_Aires"])
+_INTERVALS = st.sampled_from([None, 1, 0.001, 10**9, timedelta(microseconds=1), timedelta.max])
 
 
 @st.composite
@@ -147,8 +140,8 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
         security_labels=draw(_LABELS),
         depends_on_extensions=draw(st.lists(_IDENTIFIER, max_size=2)),
         exclusive=draw(st.booleans()),
-        refresh_windows=draw(st.lists(_WINDOWS | _WINDOWS.map(str), max_size=2)),
-        min_interval=draw(st.none() | st.integers(1, 10**9) | st.floats(1e-3, 1e9) | _INTERVALS),
+        refresh_windows=draw(st.lists(_WINDOWS | _WINDOWS.map(MaintenanceWindow.parse), max_size=2)),
+        min_interval=draw(_INTERVALS),
         renamed_from=draw(st.none() | _NAME.filter(lambda other: ViewName.parse(other) != ViewName.parse(name))),
     )
 
@@ -174,6 +167,18 @@ def test_a_definition_survives_a_file_whose_header_is_one_comment(definition: Ma
     header = text[: -len(definition.sql) - 1]
     # For PostgreSQL too, in which comments nest.
     assert (header.count("/*"), header.count("*/")) == (1, 1)
+
+
+def test_windows_and_an_interval_are_texts_and_seconds_in_a_file() -> None:
+    definition = MatViewDefinition(
+        name="mv",
+        sql="SELECT 1",
+        refresh_windows=[MaintenanceWindow(start="22:00", end="06:00", days=["sat", "sun"], timezone="Europe/Berlin")],
+        min_interval=timedelta(minutes=15),
+    )
+    header = 'refresh_windows = [\n    "sat,sun 22:00-06:00 Europe/Berlin",\n]\nmin_interval = 900.0\n'
+    assert definition.to_sql() == f'/* matview\nname = "mv"\n{header}*/\nSELECT 1\n'
+    assert definition.to_dict()["refresh_windows"] == ["sat,sun 22:00-06:00 Europe/Berlin"]
 
 
 @given(_TEXT.filter(lambda text: not text.lstrip().startswith("/*")))

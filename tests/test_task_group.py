@@ -130,10 +130,16 @@ def test_a_query_that_cannot_be_read_is_told_with_what_to_declare(caplog: pytest
         edges = _edges(_view("s.a", unread, depends_on=["declared"]), *others)
         (line,) = caplog.messages
         assert line.startswith("The query of s.a cannot be read without the server")
-        assert 'It mentions s."B", s.b: write depends_on = [\'s."B"\', "s.b"], or those' in line
+        assert 'It mentions s."B", s.b: write depends_on = ["declared", \'s."B"\', "s.b"] into its definition' in line
         assert edges["s.a"] == ["s.declared"]
+        # What is written in escapes is not found, and may be any of them.
+        caplog.clear()
+        _edges(_view("a", 'SELECT * FROM s.u&"\\0062"'), *others)
+        (line,) = caplog.messages
+        assert line.endswith("It holds names in escapes: write depends_on = [...] into its definition.")
         # Nothing to tell where everything is declared, or nothing is mentioned.
         caplog.clear()
+        _edges(_view("a", 'SELECT * FROM s.u&"\\0062"', depends_on=["s.b"]), *others)
         _edges(_view("a", unread, depends_on=["s.b", "s.declared", 's."B"']), *others)
         _edges(_view("a", "SELECT ???"), *others)
         assert caplog.messages == []

@@ -27,7 +27,7 @@ from airflow_provider_matviews.definition import (
     RowCountStrategy,
     check_flag,
 )
-from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer
+from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, UnsupportedServer, ViewNotFound
 from airflow_provider_matviews.hooks.fleet import FleetRun
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog, change_log
@@ -49,6 +49,7 @@ from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import MINIMUM_VERSION
+from airflow_provider_matviews.services.staleness import Judgement, judge_views
 from airflow_provider_matviews.services.stopping import conninfo_of
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -669,6 +670,31 @@ class MatViewHook(PostgresHook):
     def _warn(self, definition: MatViewDefinition, notes: Sequence[str]) -> None:
         for note in notes:
             self.log.warning("%s: %s.", definition.name, note)
+
+    def judge(self, *views: str, max_staleness: float | None = None) -> list[Judgement]:
+        """Say of views whether they are older than what they read, and why. Nothing is refreshed or recorded.
+
+        A change may be seen up to 10 s after its COMMIT.
+
+        :param views: their names; none for all of the database.
+        :param max_staleness: seconds that a view may be old whose result may move by itself; None for not at all.
+        :raises ViewNotFound: when a name stands for no materialized view.
+        """
+        names = [ViewName.parse(view) for view in views]
+
+        def read() -> Work[list[Judgement]]:
+            yield from ensure_schema(self.tracking_schema)
+            resolved = []
+            for name in names:
+                resolved.append((yield from catalog.resolve(name, session=Session.RECORD)))
+            judgements = yield from judge_views(self._ledger, resolved or None, max_staleness=max_staleness)
+            found = {(each.view.schema, each.view.name) for each in judgements}
+            for each in resolved:
+                if (each.schema, each.name) not in found:
+                    raise ViewNotFound(f"No materialized view stands under {each.display}.")
+            return judgements
+
+        return self._read(read())
 
     def graph(self) -> Graph:
         """Read which materialized views of the database read which, and which tables; nothing is recorded of it."""

@@ -53,7 +53,10 @@ class ImportCronRunsOperator(BaseOperator):
         :raises UnsupportedServer: when pg_cron is not installed there, or too old to record its runs.
         :raises MissingPrivilege: when the role may not read its tables, or use the run tables.
         """
-        hook = self._hook = MatViewHook(postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema)
+        whose = {key: getattr(context["ti"], key) for key in ("dag_id", "task_id", "run_id")}
+        hook = self._hook = MatViewHook(
+            postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=whose
+        )
         try:
             # A template that renders to nothing is no name of a database.
             result = hook.import_cron_runs(cron_database=self.cron_database or None, limit=self.limit)

@@ -101,6 +101,10 @@ def read_command(text: str) -> CronCommand:
     )
 
 
+_NO_DATA = ["with", "no", "data"]
+_ENDS: tuple[list[str], ...] = ([], ["with", "data"], _NO_DATA)
+
+
 def _refresh(statement: Sequence[_Token]) -> tuple[Refreshed, bool] | None:
     """Return what a statement refreshes, and whether with data; None where it is no REFRESH."""
     words = [token.keyword for token in statement]
@@ -122,10 +126,6 @@ def _refresh(statement: Sequence[_Token]) -> tuple[Refreshed, bool] | None:
     schema = names[-2] if len(names) > 1 else None
     database = names[0] if len(names) == 3 else None
     return Refreshed(ViewName(names[-1], schema), concurrently, database), rest != _NO_DATA
-
-
-_NO_DATA = ["with", "no", "data"]
-_ENDS = ([], ["with", "data"], _NO_DATA)
 
 
 def _touches_path(statement: Sequence[_Token]) -> bool:

@@ -1,8 +1,8 @@
 """pg_cron beside Airflow: what its jobs did to known views goes into the record, and who refreshes twice is told.
 
 Reads pg_cron's own tables, ``cron.job`` and ``cron.job_run_details``, and writes ours; never theirs, and never runs
-what a job would run. They stand in one database of a server, and jobs may work in another: so there are two sides here, each
-with somebody who runs work on it.
+what a job would run. They stand in one database of a server, and jobs may work in another: so there are two sides here,
+each with somebody who runs work on it.
 
 The tables and what they say: https://github.com/citusdata/pg_cron; measured on 1.4.2.
 """
@@ -24,12 +24,14 @@ from airflow_provider_matviews.names import quote
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.cron_commands import CronCommand, Refreshed, read_command
-from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all, fetch_one, raw
+from airflow_provider_matviews.services.instructions import Note, Pause, Session, Work, fetch_all, fetch_one, raw
 from airflow_provider_matviews.services.ledger import Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 
 #: Rows of pg_cron's that are read and written at a time.
 BATCH = 2000
+#: Seconds after which pg_cron has noted that the process of a job has ended.
+SETTLING = 1.0
 #: Days after which a view that Airflow refreshed is nobody's but the job's.
 _AIRFLOW_DAYS = 30
 _LONGEST_MS = 2**31 - 1
@@ -104,6 +106,8 @@ class _Theirs:
     :ivar last: the latest run that this role can see.
     :ivar anew: whether it counts its runs from the beginning again since they were last read.
     :ivar tells_time: whether it notes when a run ends.
+    :ivar looked_at: when the server was asked which processes live.
+    :ivar alive: those, each as its number and role.
     """
 
     database: str
@@ -111,6 +115,8 @@ class _Theirs:
     last: int
     anew: bool
     tells_time: bool
+    looked_at: datetime
+    alive: list[str]
 
 
 @dataclass
@@ -147,7 +153,7 @@ def import_runs(ledger: Ledger, here: Runner, there: Runner, *, limit: int | Non
     reading = _Reading(0 if theirs.anew else position)
     while reading.position < theirs.last and (limit is None or reading.read < limit):
         size = BATCH if limit is None else min(BATCH, limit - reading.read)
-        rows = there(_runs(known.database, reading.position, theirs.last, size))
+        rows = there(_runs(known.database, theirs, reading.position, size))
         here(explained(ledger.tracking_schema, _write(ledger, known, theirs, reading, rows)))
         reading.read += len(rows)
         reading.position = rows[-1]["runid"] if len(rows) == size else theirs.last
@@ -231,7 +237,7 @@ def _search_paths() -> Work[tuple[str, dict[str, str]]]:
 def _theirs(database: str, position: int, since: datetime | None) -> Work[_Theirs]:
     facts = yield from _extension()
     try:
-        jobs = yield from fetch_all(
+        rows = yield from fetch_all(
             sql.SQL(
                 "SELECT jobid, jobname::text AS name, schedule, username AS role, command FROM cron.job "
                 "WHERE active AND database = %s AND command ILIKE '%%refresh%%' ORDER BY jobid"
@@ -239,6 +245,12 @@ def _theirs(database: str, position: int, since: datetime | None) -> Work[_Their
             (database,),
             Session.RECORD,
         )
+        jobs = [
+            _Job(row["jobid"], row["name"], row["schedule"], row["role"], read_command(row["command"])) for row in rows
+        ]
+        looked_at, alive = yield from _alive(database)
+        if any(job.command.refreshed and not job.command.alone for job in jobs):
+            yield Pause(SETTLING)
         row = yield from fetch_one(
             sql.SQL(
                 """
@@ -273,11 +285,26 @@ def _theirs(database: str, position: int, since: datetime | None) -> Work[_Their
     version = tuple(int(part) for part in re.findall(r"\d+", facts["extension"])[:2])
     return _Theirs(
         facts["database"],
-        [_Job(job["jobid"], job["name"], job["schedule"], job["role"], read_command(job["command"])) for job in jobs],
+        jobs,
         row["last"],
         row["anew"],
         version >= _TELLS_TIME or facts["workers"] == "off",
+        looked_at,
+        alive,
     )
+
+
+def _alive(database: str) -> Work[tuple[datetime, list[str]]]:
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT clock_timestamp() AS at, ARRAY(SELECT pid || ' ' || usename "
+            "FROM pg_catalog.pg_stat_activity WHERE datname = %s) AS alive"
+        ),
+        (database,),
+        Session.RECORD,
+    )
+    assert row is not None
+    return row["at"], row["alive"]
 
 
 def _extension() -> Work[dict[str, Any]]:
@@ -317,29 +344,39 @@ def _may_not_read(facts: Mapping[str, Any]) -> MissingPrivilege:
     )
 
 
-def _runs(database: str, after: int, last: int, size: int) -> Work[list[dict[str, Any]]]:
-    """Return runs in their order. ``ended`` is None for one that will never be heard of again."""
+def _runs(database: str, theirs: _Theirs, after: int, size: int) -> Work[list[dict[str, Any]]]:
+    """Return runs in their order. ``ended`` is None for one that will never be heard of again.
+
+    Of a command of several statements pg_cron says that it has succeeded after the first of them, and corrects itself
+    where a later one fails. So a run has ended once another one of its job has begun (a job runs once at a time), or
+    once its process was seen to be gone, and that some time ago.
+    """
     return (
         yield from fetch_all(
             sql.SQL(
                 """
                 SELECT d.runid, d.jobid, d.username AS role, d.command, d.status, d.return_message AS message,
                        d.start_time, d.end_time, j.jobname::text AS name,
-                       CASE WHEN d.status IN ('succeeded', 'failed') AND NOT EXISTS (
-                                 -- Of a command of several statements it says how it ended after each of them.
-                                 SELECT 1 FROM pg_catalog.pg_stat_activity a
-                                 WHERE a.pid = d.job_pid AND a.datname = d.database AND a.usename = d.username)
-                            THEN true
-                            -- A job runs once at a time: what comes before another run of it is over.
+                       CASE WHEN d.status IN ('succeeded', 'failed')
+                                 AND coalesce(d.start_time < %(looked_at)s, true)
+                                 AND coalesce(d.job_pid || ' ' || d.username <> ALL (%(alive)s), true) THEN true
                             WHEN NOT EXISTS (SELECT 1 FROM cron.job_run_details n
                                              WHERE n.jobid = d.jobid AND n.runid > d.runid) THEN false
                             WHEN d.status IN ('succeeded', 'failed') THEN true END AS ended
                 FROM cron.job_run_details d LEFT JOIN cron.job j ON j.jobid = d.jobid
-                WHERE d.runid > %s AND d.runid <= %s AND d.database = %s AND d.command ILIKE '%%refresh%%'
-                ORDER BY d.runid LIMIT %s
+                WHERE d.runid > %(after)s AND d.runid <= %(last)s AND d.database = %(database)s
+                AND d.command ILIKE '%%refresh%%'
+                ORDER BY d.runid LIMIT %(size)s
                 """
             ),
-            (after, last, database, size),
+            {
+                "looked_at": theirs.looked_at,
+                "alive": theirs.alive,
+                "after": after,
+                "last": theirs.last,
+                "database": database,
+                "size": size,
+            },
             Session.RECORD,
         )
     )

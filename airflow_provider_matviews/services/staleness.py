@@ -68,9 +68,8 @@ _LOOK = sql.SQL(
                coalesce(array_agg(CASE
                    WHEN c.relkind = 'f' THEN 'reads the foreign table '
                    WHEN c.relkind = 'S' THEN 'reads the sequence '
-                   WHEN c.relkind = 'r' AND c.oid < 16384 THEN 'reads the system catalog '
                    ELSE 'row security decides what it sees of ' END || {display} ORDER BY {display})
-                   FILTER (WHERE c.relkind IN ('f', 'S') OR c.relkind = 'r' AND c.oid < 16384 OR c.relrowsecurity),
+                   FILTER (WHERE c.relkind IN ('f', 'S') OR c.relrowsecurity),
                    '{{}}') AS opaque
         FROM reads r JOIN pg_catalog.pg_class c ON c.oid = r.object
         JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -83,7 +82,7 @@ _LOOK = sql.SQL(
 #: Ours are not among them: they end with the refresh.
 _OPEN = sql.SQL(
     "SELECT coalesce(array_agg(virtualxid ORDER BY virtualxid), '{}') AS open FROM pg_catalog.pg_locks "
-    "WHERE locktype = 'virtualxid' AND granted AND pid <> ALL (%(ours)s::integer[])"
+    "WHERE locktype = 'virtualxid' AND granted AND pid <> pg_backend_pid() AND pid <> ALL (%(ours)s::integer[])"
 )
 
 #: What of a stored query can give another result though no row of its sources has changed. Built-in functions that are
@@ -133,6 +132,12 @@ _MOVING = sql.SQL(
     WHERE p.oid >= 16384 AND p.prosqlbody IS NULL AND p.prokind <> 'a'
       -- What is compiled is what its author says; a text may read tables whatever it is declared as.
       AND NOT (p.provolatile = 'i' AND l.lanname IN ('c', 'internal'))
+    UNION
+    -- pg_depend says nothing of what belongs to the system itself.
+    SELECT 'reads the system catalog ' || c.oid::regclass
+    FROM texts CROSS JOIN LATERAL regexp_matches(tree, ':relid ([1-9][0-9]*)', 'g') m
+    JOIN pg_catalog.pg_class c ON c.oid = m[1]::oid
+    WHERE c.oid < 16384
     UNION
     SELECT CASE m[1] WHEN 'SQLVALUEFUNCTION' THEN 'asks for the time or for who is asking'
                      WHEN 'NEXTVALUEEXPR' THEN 'takes numbers from a sequence'
@@ -394,4 +399,4 @@ def _why_fresh(look: Look, baseline: Baseline) -> str:
 
 
 def _of_relation(reason: str) -> bool:
-    return reason.startswith(("reads the ", "row security "))
+    return reason.startswith(("reads the foreign table ", "reads the sequence ", "row security "))

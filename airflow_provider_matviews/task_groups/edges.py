@@ -25,7 +25,7 @@ _PUBLIC = "public"
 #: A name that can only ever stand as a word of its own in a query.
 _PLAIN = re.compile(r"[a-z_][a-z0-9_$]*\Z")
 _WORD = re.compile(r"[A-Za-z0-9_$\u0080-\U0010ffff]+")
-#: Here a name may be written in escapes.
+#: What a name in escapes begins with: U&"d\\0061ta" is "data".
 _ESCAPED = 'u&"'
 
 
@@ -117,16 +117,15 @@ def _read(
     remembered_as: str,
 ) -> dict[ViewName, frozenset[ViewName]]:
     mentions = _Mentions(views)
+    mentioned = {view: mentions.in_query(definition.sql) - {view} for view, definition in views.items()}
     # A query that holds no other view's name reads none, and need not be parsed.
-    mentioned = {
-        view: found for view, definition in views.items() if (found := mentions.in_query(definition.sql) - {view})
-    }
-    references = read_all((views[view].sql for view in mentioned), remembered_as)
+    asked = [view for view, others in mentioned.items() if others or _is_escaped(views[view].sql)]
+    references = read_all((views[view].sql for view in asked), remembered_as)
     read: dict[ViewName, frozenset[ViewName]] = dict.fromkeys(views, frozenset())
-    for view, others in mentioned.items():
+    for view in asked:
         names = references[views[view].sql]
         if names is None:
-            _warn_unread(view, sorted(map(str, others - declared[view])))
+            _warn_unread(views[view], sorted(map(str, mentioned[view] - declared[view])))
             continue
         needs = {meant(name, view.schema, views) for name in names}
         # No query reads its own view: what has that name is something else.
@@ -134,15 +133,25 @@ def _read(
     return read
 
 
-def _warn_unread(view: ViewName, undeclared: Sequence[str]) -> None:
+def _warn_unread(definition: MatViewDefinition, undeclared: Sequence[str]) -> None:
+    unread = (
+        f"The query of {definition.view} cannot be read without the server, so that only depends_on says what it comes "
+        "after."
+    )
     if undeclared:
+        depends_on = as_list([*definition.depends_on, *undeclared])
         _log.warning(
-            "The query of %s cannot be read without the server, so that only depends_on says what it comes after. "
-            "It mentions %s: write depends_on = %s, or those of them that it reads, into its definition.",
-            view,
+            "%s It mentions %s: write depends_on = %s into its definition, without what it does not read.",
+            unread,
             ", ".join(undeclared),
-            as_list(undeclared),
+            depends_on,
         )
+    elif _is_escaped(definition.sql) and not definition.depends_on:
+        _log.warning("%s It holds names in escapes: write depends_on = [...] into its definition.", unread)
+
+
+def _is_escaped(sql: str) -> bool:
+    return _ESCAPED in fold(sql)
 
 
 def _refusal(circle: Sequence[ViewName], declared: Mapping[ViewName, frozenset[ViewName]]) -> InvalidDefinition:
@@ -157,13 +166,12 @@ def _refusal(circle: Sequence[ViewName], declared: Mapping[ViewName, frozenset[V
 
 
 class _Mentions:
-    """Which views' names stand in a text, wherever and however: never too few, perhaps too many."""
+    """Which views' names stand in a text, but for those in escapes: never too few, perhaps too many."""
 
     def __init__(self, views: Iterable[ViewName]) -> None:
-        self._all = frozenset(views)
         self._by_word: dict[str, set[ViewName]] = {}
         self._by_text: dict[str, set[ViewName]] = {}
-        for view in self._all:
+        for view in views:
             if _PLAIN.match(view.name):
                 self._by_word.setdefault(view.name, set()).add(view)
             else:
@@ -171,8 +179,6 @@ class _Mentions:
 
     def in_query(self, sql: str) -> frozenset[ViewName]:
         text = fold(sql)
-        if _ESCAPED in text:
-            return self._all
         # The server cuts longer ones off.
         words = {word[:MAX_IDENTIFIER_BYTES] for word in _WORD.findall(text)}
         found = [self._by_word[word] for word in words & self._by_word.keys()]

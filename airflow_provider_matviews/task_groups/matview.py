@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import attrs
 from airflow.providers.common.compat.sdk import TaskGroup
 
-from airflow_provider_matviews.checks import check_one_of
+from airflow_provider_matviews.checks import choice
 from airflow_provider_matviews.definition import MatViewDefinition, load_definitions
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
@@ -63,9 +64,16 @@ class _CreateInGroup(CreateMatViewOperator):
         super().post_execute(context, result)
 
 
-_OPERATORS: Mapping[str, type[_RefreshInGroup | _CreateInGroup]] = {
-    "refresh": _RefreshInGroup,
-    "create": _CreateInGroup,
+class GroupOperation(StrEnum):
+    """What the tasks of a group do: ``refresh`` or ``create``."""
+
+    REFRESH = "refresh"
+    CREATE = "create"
+
+
+_OPERATORS: Mapping[GroupOperation, type[_RefreshInGroup | _CreateInGroup]] = {
+    GroupOperation.REFRESH: _RefreshInGroup,
+    GroupOperation.CREATE: _CreateInGroup,
 }
 
 
@@ -96,15 +104,15 @@ class MatViewTaskGroup(TaskGroup):
         group_id: str,
         definitions: Definitions,
         *,
-        operation: str = "refresh",
+        operation: GroupOperation | str = GroupOperation.REFRESH,
         task_overrides: Mapping[str, Mapping[str, Any]] | None = None,
         **arguments: Any,
     ) -> None:
-        check_one_of(operation, "operation", tuple(_OPERATORS))
+        operation = choice(GroupOperation, operation, "operation")
         of_group = {name: arguments.pop(name) for name in _GROUP_ARGUMENTS & arguments.keys()}
         super().__init__(group_id=group_id, **of_group)
         given = _definitions(definitions, Path(self.dag.folder))
-        if operation == "create":
+        if operation is GroupOperation.CREATE:
             given = [definition for definition in given if definition.managed]
         edges = Edges.of(given, remembered_as=f"{self.dag.dag_id}.{self.group_id}")
         overrides = _by_view(task_overrides or {}, edges)

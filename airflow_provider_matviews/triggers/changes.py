@@ -278,11 +278,13 @@ class _Lookout:
             names = {name for watcher in watchers for name in watcher.names or ()}
             everything = any(watcher.names is None for watcher in watchers)
             work = watching.see(self._ledger, names, sight, everything=everything, with_log=with_log)
-            sight = await asyncio.wait_for(driver.run(work), _LONGEST_LOOK)
+            async with asyncio.timeout(_LONGEST_LOOK):
+                sight = await driver.run(work)
             for watcher in watchers:
                 watcher.show(sight)
             if with_log:
-                await asyncio.wait_for(pruning.go_on(driver), _LONGEST_LOOK)
+                async with asyncio.timeout(_LONGEST_LOOK):
+                    await pruning.go_on(driver)
             # Let them see it, and say when they want to look again.
             await asyncio.sleep(_SHORTEST_PAUSE)
             await self._wait(connection if listening else None)
