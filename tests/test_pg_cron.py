@@ -20,7 +20,7 @@ from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName, MissingPrivilege, UnsupportedServer
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.pg_cron import ImportCronRunsOperator
-from airflow_provider_matviews.services import pg_cron
+from airflow_provider_matviews.services import cron_tables
 from airflow_provider_matviews.services.cron_commands import read_command
 from airflow_provider_matviews.services.ledger import Run
 from demo.postgres_server import PostgresServer
@@ -76,7 +76,7 @@ def wait_for(home: Database, condition: LiteralString, parameters: Any = None) -
 @pytest.fixture(autouse=True)
 def _without_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runs of these tests ended long ago."""
-    monkeypatch.setattr(pg_cron, "SETTLING", 0.0)
+    monkeypatch.setattr(cron_tables, "SETTLING", 0.0)
 
 
 def record_on(database: Database, user: str = "postgres") -> MatViewHook:
@@ -157,6 +157,7 @@ def test_runs_of_jobs_are_recorded_as_they_were(home: Database) -> None:
     for (job, _), run in runs.items():
         assert run.meta["imported_from"] == "pg_cron"
         assert "REFRESH" not in str(run.meta).upper()
+        assert run.meta["pg_cron"]["database"] == "home"
         assert run.row_count_before is run.row_count_after is None
         start, end = theirs[job]
         assert run.started_at == start

@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, get_args
 
+import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.checks import as_tuple, check_flag
@@ -255,12 +256,12 @@ def muster(
     :raises ViewNotFound: when a name stands for no materialized view.
     """
     graph = yield from read_graph(Session.RECORD)
-    definitions = {record.name: record for record in (yield from ledger.definitions())}
+    definitions = yield from _on_record(ledger, dry_run=dry_run)
     graph = _with_declared(graph, definitions)
     chosen = selection.of(graph, (yield from _standing(selection.exact_names, graph)))
     order = [view for view in graph.order if view in chosen]
     needs = {view: graph.needs_in_order[view] & chosen for view in order}
-    if not selection.stale and not sparing.skip_unchanged:
+    if not definitions or not (selection.stale or sparing.skip_unchanged):
         return Fleet(needs, graph.views, definitions)
     judgements = {
         judgement.view.display: judgement
@@ -288,6 +289,17 @@ def muster(
     for judgement, run_id in zip(unchanged, run_ids, strict=True):
         fleet.end(Outcome(judgement.view.display, "skipped", judgement.reason, None, run_id))
     return fleet
+
+
+def _on_record(ledger: Ledger, *, dry_run: bool) -> Work[dict[str, DefinitionRecord]]:
+    try:
+        records = yield from ledger.definitions()
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        # A dry run makes no tables.
+        if not dry_run:
+            raise
+        return {}
+    return {record.name: record for record in records}
 
 
 def _standing(names: Sequence[str], graph: Graph) -> Work[dict[str, str | None]]:
