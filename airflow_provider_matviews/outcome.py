@@ -38,6 +38,7 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
         "duration_ms": response.duration_ms,
         "reason": redact(reason) if reason else reason,
         "mat_view_run_id": response.run_id,
+        **({"sources": facts["sources"]} if "sources" in facts else {}),
         # What create found: None where it did not look.
         **({"drift": facts["drift"]} if "drift" in facts else {}),
         **dry_run,

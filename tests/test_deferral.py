@@ -806,7 +806,7 @@ def test_create_and_refresh_leave_the_same_in_both_modes(db: Database) -> None:
 
     runs = _both(make, again)
     assert set(runs[0].states.values()) == {"success"}
-    assert len(_asset_events(runs[0])) == 5
+    assert len(_asset_events(runs[0])) == 6
     assert runs[0].xcom("refresh")["row_count_after"] == 2
     _require_same(db, runs, list(runs[0].states))
 

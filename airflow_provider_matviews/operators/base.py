@@ -97,12 +97,40 @@ class HookOperator(BaseOperator):
         seconds = self.execution_timeout.total_seconds()
         return min(seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT), LONGEST)
 
+    def _add_alias(self, emit_assets: bool) -> None:
+        """Have an outlet by which Airflow is told of views: where one stands is only known when the task runs."""
+        alias = AssetAlias(asset_alias(self.conn_id))
+        if emit_assets and alias not in self.outlets:
+            # Not in place: a list of the DAG's author may serve several tasks.
+            self.outlets = [*self.outlets, alias]
+
     def _tell_of(self, context: Context, hook: MatViewHook, refreshed: Sequence[dict[str, Any]]) -> None:
         """Tell, at each alias among the outlets, of the views that were created or refreshed, as assets."""
-        for outlet in self.outlets:
-            if isinstance(outlet, AssetAlias):
-                for summary in refreshed:
-                    context["outlet_events"][outlet].add(Asset(hook.asset_uri(summary["view"])), extra=summary)
+        # Airflow tells of these by itself.
+        declared = {outlet.uri for outlet in self.outlets if isinstance(outlet, Asset)}
+        for told in refreshed:
+            asset = Asset(hook.asset_uri(told["view"]))
+            if asset.uri in declared:
+                continue
+            for outlet in self.outlets:
+                if isinstance(outlet, AssetAlias):
+                    context["outlet_events"][outlet].add(asset, extra=told)
+
+    def _take_in(self, hook: MatViewHook, summaries: Sequence[dict[str, Any]]) -> None:
+        """Name what the views read as the task's inlets, for whoever looks at it when it has ended (lineage)."""
+        known = {inlet.uri for inlet in self.inlets if isinstance(inlet, Asset)}
+        uris = {hook.asset_uri(source) for told in summaries for source in told.get("sources", ())}
+        self.inlets = [*self.inlets, *(Asset(uri) for uri in sorted(uris - known))]
+
+
+def asset_alias(conn_id: str = "postgres_default") -> str:
+    """Return the name of the alias under which views of a connection tell that they were created or refreshed.
+
+    A DAG that is scheduled on ``AssetAlias(asset_alias("warehouse"))`` runs whenever any of them was.
+
+    :param conn_id: of the connection; a template stands for any.
+    """
+    return "matviews" if "{" in str(conn_id) else f"matviews/{conn_id}"
 
 
 class Deferral:
@@ -209,6 +237,7 @@ class ViewOperator(HookOperator):
     def _emit_events(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> None:
         if summary["status"] != "skipped":
             self._tell_of(context, hook, [summary])
+            self._take_in(hook, [summary])
         for outlet in self.outlets:
             if isinstance(outlet, Asset):
                 context["outlet_events"][outlet].extra.update(summary)
@@ -222,11 +251,14 @@ class DeferrableViewOperator(Deferral, ViewOperator):
         *,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         cancel_on_kill: bool = True,
+        emit_assets: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.deferrable = deferrable
         self.cancel_on_kill = cancel_on_kill
+        self.emit_assets = emit_assets
+        self._add_alias(emit_assets)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Do it, here or in the triggerer, and return a summary for XCom.

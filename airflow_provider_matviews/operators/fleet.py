@@ -53,6 +53,8 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
     :param deferrable: whether the triggerer carries it out, without a worker's slot; by
         default ``[operators] default_deferrable``.
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
+    :param emit_assets: whether Airflow is told of each view as an asset, ``postgres://host:port/database/schema/view``,
+        by way of the alias ``matviews/<conn_id>``: DAGs may be scheduled on either.
     """
 
     template_fields: Sequence[str] = (*HookOperator.template_fields, "views", "schemas", "exclude", "refresh_strategy")
@@ -75,6 +77,7 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         session_settings: Mapping[str, Any] | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         cancel_on_kill: bool = True,
+        emit_assets: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -93,6 +96,8 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         self.session_settings = session_settings
         self.deferrable = deferrable
         self.cancel_on_kill = cancel_on_kill
+        self.emit_assets = emit_assets
+        self._add_alias(emit_assets)
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Refresh them, here or in the triggerer, and return for XCom what came of each.
@@ -140,6 +145,7 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         if not refreshed:
             raise AirflowSkipException("None of the views was to be refreshed.")
         self._tell_of(context, hook, refreshed)
+        self._take_in(hook, refreshed)
         return summary
 
     def _arguments(self) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class CreateMatViewOperator(DeferrableViewOperator):
     :param deferrable: whether the triggerer carries it out, without a worker's slot; by
         default ``[operators] default_deferrable``.
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
+    :param emit_assets: whether Airflow is told of the view as an asset, ``postgres://host:port/database/schema/view``,
+        by way of the alias ``matviews/<conn_id>``: DAGs may be scheduled on either.
     """
 
     template_fields: Sequence[str] = (*ViewOperator.template_fields, "sql", "on_drift")
@@ -150,6 +152,8 @@ class RefreshMatViewOperator(DeferrableViewOperator):
     :param deferrable: whether the triggerer carries it out, without a worker's slot; by
         default ``[operators] default_deferrable``.
     :param cancel_on_kill: deferred only: whether it ends with its task when somebody marks that failed or clears it.
+    :param emit_assets: whether Airflow is told of the view as an asset, ``postgres://host:port/database/schema/view``,
+        by way of the alias ``matviews/<conn_id>``: DAGs may be scheduled on either.
     """
 
     template_fields: Sequence[str] = (*ViewOperator.template_fields, "refresh_strategy")

@@ -144,6 +144,7 @@ class Outcome:
             "duration_ms": self.response.duration_ms if self.response else None,
             "reason": self.reason,
             "mat_view_run_id": self.run_id,
+            **({"sources": facts["sources"]} if "sources" in facts else {}),
         }
 
 

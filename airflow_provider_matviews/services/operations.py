@@ -33,7 +33,7 @@ from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.refresh import refresh_view
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import Prepared, Subject, Terms, record_run, rehearse_run
-from airflow_provider_matviews.services.sparing import Sparing, spare
+from airflow_provider_matviews.services.sparing import Sparing, spare, tell_sources
 from airflow_provider_matviews.timeouts import Timeouts
 
 Service = Callable[[Prepared], Work[ServiceResponse]]
@@ -83,7 +83,7 @@ class Operations:
         wanted = _exclusive(definition, exclusive)
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
-            return create_view(
+            response = yield from create_view(
                 Creating(
                     prepared.view,
                     prepared.origin,
@@ -97,6 +97,9 @@ class Operations:
                     on_drift=drift,
                 )
             )
+            if response.status != "skipped" and not dry_run:
+                yield from tell_sources(prepared.view, prepared.report)
+            return response
 
         request = {
             "force": force,

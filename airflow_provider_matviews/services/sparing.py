@@ -9,10 +9,13 @@ from airflow_provider_matviews.definition import check_flag
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.services import staleness
 from airflow_provider_matviews.services.catalog import ResolvedName
-from airflow_provider_matviews.services.instructions import Note, Work
+from airflow_provider_matviews.services.instructions import Note, Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger
 from airflow_provider_matviews.services.response import Report
 from airflow_provider_matviews.windows import as_windows, why_not_now
+
+#: Of a view's sources, so many are told; a run row and an asset's event are no catalog.
+MOST_SOURCES = 100
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def spare(
     look = (yield from staleness.look_at([view])).get(view)
     if look is None:
         return False
+    report.told(sources=list(look.tables[:MOST_SOURCES]))
     windows, interval = record.declaration.get("refresh_windows") or (), record.declaration.get("min_interval")
     if (windows or interval) and look.populated and not sparing.ignore_windows:
         last = None if interval is None else (yield from ledger.last_filled(record.id))
@@ -77,3 +81,10 @@ def spare(
     baseline = yield from staleness.baseline_of(look, kept, [pid])
     report.source_state = baseline.as_dict()
     return False
+
+
+def tell_sources(view: ResolvedName, report: Report) -> Work[None]:
+    """Note in a report what a view reads that has just been made, in the operation's own transaction."""
+    look = (yield from staleness.look_at([view], Session.WORK)).get(view)
+    if look is not None:
+        report.told(sources=list(look.tables[:MOST_SOURCES]))

@@ -56,7 +56,7 @@ _LOOK = sql.SQL(
                      pg_catalog.pg_stat_get_bgwriter_stat_reset_time()) AS server,
            (SELECT coalesce(md5(string_agg(concat_ws(':', s.kind, s.oid, s.version), ' ' ORDER BY s.kind, s.oid)), '')
             FROM shapes s WHERE s.root = c.oid) AS shape,
-           relations.sources, relations.opaque
+           relations.sources, relations.opaque, relations.tables
     FROM roots JOIN pg_catalog.pg_class c ON c.oid = roots.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN LATERAL (
         SELECT coalesce(jsonb_object_agg({display}, CASE
@@ -65,6 +65,9 @@ _LOOK = sql.SQL(
                                   pg_catalog.pg_stat_get_tuples_updated(c.oid),
                                   pg_catalog.pg_stat_get_tuples_deleted(c.oid)) END)
                    FILTER (WHERE c.relkind IN ('r', 'm')), '{{}}') AS sources,
+               -- As people name them: a partition is told by the table that it belongs to.
+               coalesce(array_agg({display} ORDER BY {display})
+                   FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition), '{{}}') AS tables,
                coalesce(array_agg(CASE
                    WHEN c.relkind = 'f' THEN 'reads the foreign table '
                    WHEN c.relkind = 'S' THEN 'reads the sequence '
@@ -165,6 +168,7 @@ class Look:
     :ivar shape: changes with the views and functions that it reads through.
     :ivar sources: name -> what changes with its rows.
     :ivar opaque: what it reads whose changes cannot be seen.
+    :ivar tables: names of the tables, foreign tables and materialized views that it reads.
     """
 
     view: ResolvedName
@@ -179,6 +183,7 @@ class Look:
     shape: str
     sources: Mapping[str, str]
     opaque: tuple[str, ...]
+    tables: Sequence[str]
 
 
 @dataclass(frozen=True)

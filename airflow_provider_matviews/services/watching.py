@@ -83,6 +83,19 @@ class Sight:
         reason = f"{', '.join(names[:3])}{more} changed at {max(changed.values()):%Y-%m-%d %H:%M:%S %Z}"
         return replace(judgement, stale=True, reason=reason)
 
+    def quiet(self, view: ResolvedName) -> float:
+        """Return for how many seconds no source has changed, as far as the log tells; 0 where it tells nothing."""
+        look, baseline = self.looks[view], self.baselines.get(view)
+        if baseline is None:
+            return 0.0
+        changes = [
+            self.unseen[table.oid, baseline.snapshot]
+            for name in look.sources
+            for table in self.logged(name)
+            if (table.oid, baseline.snapshot) in self.unseen
+        ]
+        return max(0.0, (look.at - max(changes)).total_seconds()) if changes else 0.0
+
     def logged(self, name: str) -> list[LoggedTable]:
         """Return a table and all that it is a partition or a child of, where each change of it is logged."""
         lineage = self._lineage(name)
@@ -219,10 +232,11 @@ class Watched:
     _refreshed_at: datetime | None = None
     _said: int = 0
 
-    def is_due(self, judgement: Judgement, now: float, *, at_work: bool) -> bool:
+    def is_due(self, judgement: Judgement, now: float, *, quiet: float = 0.0, at_work: bool) -> bool:
         """Take note of how the view stands, and return whether it is time to say so.
 
         :param now: the moment, on any clock that only goes forward.
+        :param quiet: seconds since the latest change, where that is known.
         :param at_work: whether it is being refreshed: how it stands after that is what counts.
         """
         if not judgement.stale:
@@ -230,10 +244,10 @@ class Watched:
             return False
         if self._stale_since is None or judgement.refreshed_at != self._refreshed_at:
             # Newly so, or again although it has been refreshed.
-            self._stale_since = self._moved_at = now
+            self._stale_since, self._moved_at = now, now - quiet
             self._said = 0
         elif judgement.digest != self._digest:
-            self._moved_at = now
+            self._moved_at = now - quiet
         self._digest, self._refreshed_at = judgement.digest, judgement.refreshed_at
         if not self._said:
             self.due_at = min(self._moved_at + self.rhythm.debounce, self._stale_since + self.rhythm.max_wait)

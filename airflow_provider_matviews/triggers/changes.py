@@ -81,7 +81,7 @@ class StaleMatViewsTrigger(BaseEventTrigger):
         truth: str = Truth.FINGERPRINTS.value,
         debounce: float = 1.0,
         max_wait: float = 30.0,
-        poll_interval: float = 1.0,
+        poll_interval: float = 0.5,
         again_after: float = 30.0,
         max_staleness: float | None = None,
         bell: bool = False,
@@ -168,7 +168,8 @@ class StaleMatViewsTrigger(BaseEventTrigger):
                         told,
                     )
             each = watched.setdefault(view, Watched(rhythm))
-            if each.is_due(judgement, time.monotonic(), at_work=view in sight.at_work):
+            quiet = sight.quiet(view) if self.truth == Truth.CHANGE_LOG else 0.0
+            if each.is_due(judgement, time.monotonic(), quiet=quiet, at_work=view in sight.at_work):
                 due[str(ViewName(view.name, view.schema))] = judgement.reason
         return due
 

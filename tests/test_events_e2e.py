@@ -1,0 +1,100 @@
+"""Watched views in a real Airflow: however the changes come, and whatever dies meanwhile, the last one is refreshed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import LiteralString
+
+import pytest
+from psycopg import sql
+
+from tests.conftest import Database
+from tests.live_airflow import LiveAirflow, descendants_of, kill, live_airflow, wait_until
+
+pytestmark = pytest.mark.e2e
+
+#: One is told by the change log, the other by fingerprints.
+VIEWS: tuple[LiteralString, ...] = ("logged", "counted")
+CHANGES = 10_000
+SETTINGS = {
+    "AIRFLOW__CORE__EXECUTOR": "tests.preloading.PreloadingLocalExecutor",
+    "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
+    # A triggerer that was killed is given up after a few seconds, not after half a minute.
+    "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
+    "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6",
+}
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveAirflow]:
+    with live_airflow("events", VIEWS, SETTINGS, {}) as running:
+        for view in VIEWS:
+            with running.database.connect() as connection:
+                connection.execute(sql.SQL("CREATE TABLE {} (id integer)").format(_source(view)))
+                connection.execute(
+                    sql.SQL("CREATE MATERIALIZED VIEW {} AS SELECT count(*) AS rows FROM {}").format(
+                        sql.Identifier(view), _source(view)
+                    )
+                )
+        running.hook.install_change_log("logged")
+        for view in VIEWS:
+            running.hook.refresh(view)
+        yield running
+
+
+def _source(view: str) -> sql.Identifier:
+    return sql.Identifier(f"source_of_{view}")
+
+
+def _change(database: Database, view: str, begun: threading.Event | None = None) -> None:
+    """Make many changes, each with a COMMIT of its own."""
+    with database.connect() as connection:
+        insert = sql.SQL("INSERT INTO {} VALUES (1)").format(_source(view))
+        for number in range(CHANGES):
+            connection.execute(insert)
+            if begun is not None and number == CHANGES // 4:
+                begun.set()
+
+
+def _rows(database: Database, view: str) -> int:
+    with database.connect() as connection:
+        row = connection.execute(sql.SQL("SELECT rows FROM {}").format(sql.Identifier(view))).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def _wait_for_rows(live: LiveAirflow, view: str, rows: int, triggerer: str) -> None:
+    def story() -> str:
+        runs = "\n".join(map(str, live.hook.runs(view)))
+        return f"{view} has {rows} rows, not {_rows(live.database, view)}\n{runs}\n{live.airflow.log_text(triggerer)}"
+
+    wait_until(lambda: _rows(live.database, view) == rows, story, 60)
+
+
+def _refreshes(live: LiveAirflow, view: str) -> int:
+    return len([run for run in live.hook.runs(view, limit=100) if run.operation == "refresh"])
+
+
+def test_a_burst_of_changes_is_followed_by_a_refresh_and_not_by_many(live: LiveAirflow) -> None:
+    before = {view: _refreshes(live, view) for view in VIEWS}
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda view: _change(live.database, view), VIEWS))
+    for view in VIEWS:
+        _wait_for_rows(live, view, CHANGES, "triggerer")
+        assert 1 <= _refreshes(live, view) - before[view] <= 6
+
+
+def test_nothing_is_missed_where_the_triggerer_is_killed_in_the_middle_of_it(live: LiveAirflow) -> None:
+    begun = threading.Event()
+    with ThreadPoolExecutor(2) as pool:
+        changing = [pool.submit(_change, live.database, view, begun) for view in VIEWS]
+        assert begun.wait(60)
+        triggerer = live.airflow.release("triggerer")
+        kill(triggerer.pid, *descendants_of(triggerer.pid))
+        for each in changing:
+            each.result()
+    live.airflow.add("triggerer-2", "triggerer", "--skip-serve-logs")
+    for view in VIEWS:
+        _wait_for_rows(live, view, 2 * CHANGES, "triggerer-2")
