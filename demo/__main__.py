@@ -22,6 +22,7 @@ from demo.warehouse import DATABASE, Warehouse, describe
 
 EXAMPLE_DAGS = Path(__file__).resolve().parent.parent / "example_dags"
 CREATE, REFRESH, DELETE, DRIFT = "matviews_create", "matviews_refresh", "matviews_delete", "matviews_drift"
+FLEET, NIGHTLY, AFTER = "matviews_fleet", "matviews_nightly", "matviews_after_refresh"
 POLL_SECONDS = 1.0
 NEW_EVENTS_EVERY_SECONDS = 20.0
 
@@ -72,7 +73,7 @@ def _run(*, once: bool) -> int:
         warehouse.load()
         airflow.start()
         say(f"Airflow is healthy: {airflow.url}")
-        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT))
+        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT, FLEET, NIGHTLY, AFTER))
         run_dag(airflow, CREATE)
         if once:
             _refresh_and_delete(airflow, warehouse)
@@ -95,6 +96,14 @@ def _refresh_and_delete(airflow: AirflowServer, warehouse: Warehouse) -> None:
     warehouse.add_events()
     run_dag(airflow, REFRESH, scheduled=True)
     pause_and_drain(airflow, REFRESH)  # It is scheduled, and must not refresh what is gone.
+    run_dag(airflow, FLEET, scheduled=True)
+    pause_and_drain(airflow, FLEET)
+    warehouse.add_events()
+    airflow.api.set_paused(AFTER, False)  # Runs when a view has been refreshed.
+    run_dag(airflow, NIGHTLY, scheduled=True)
+    pause_and_drain(airflow, NIGHTLY)
+    run_dag(airflow, AFTER, scheduled=True)
+    pause_and_drain(airflow, AFTER)
     run_dag(airflow, DELETE)
     runs = warehouse.print_runs()
     say(f"{runs} runs recorded; Airflow's page was {airflow.url}")
@@ -105,12 +114,15 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     airflow.api.set_paused(REFRESH, False)
     airflow.api.set_paused(DELETE, False)
     airflow.api.set_paused(DRIFT, False)
+    airflow.api.set_paused(NIGHTLY, False)
+    airflow.api.set_paused(AFTER, False)
     list(warehouse.new_runs())
     warehouse.print_runs()
     print(f"Airflow:  {airflow.url}  (everybody is an administrator)")
     print(f"Database: psql '{server.dsn(DATABASE)}'")
     print(
-        f"{REFRESH} runs every minute, {DRIFT} every night, {DELETE} waits to be triggered by you.\n"
+        f"{REFRESH} runs every minute, {AFTER} whenever a view was refreshed,\n"
+        f"{DRIFT} and {NIGHTLY} every night; {FLEET} waits to be unpaused, {DELETE} to be triggered.\n"
         f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back.\n"
         "Ctrl-C ends it all.\n",
         flush=True,

@@ -92,6 +92,14 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     order = [run.view for run in reversed(hook_on(warehouse).runs(limit=4))]
     assert order.index("analytics.account_weeks") < order.index("analytics.account_retention")
 
+    nightly = run_dag(dags["matviews_nightly"])
+    assert nightly.states == {"refresh": "skipped"}
+    warehouse.execute("DELETE FROM app.events WHERE occurred_at >= '2024-12-30 00:00+00'")
+    nightly = run_dag(_dags()["matviews_nightly"])
+    assert nightly.states == {"refresh": "success"}
+    assert nightly.xcom("refresh")["updated"] >= 2
+    assert run_dag(dags["matviews_after_refresh"]).xcom("say_what_was_refreshed") == []
+
     deleted = run_dag(dags["matviews_delete"])
     assert deleted.state == "success"
     assert set(deleted.states.values()) == {"success"}

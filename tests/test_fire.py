@@ -35,7 +35,6 @@ from airflow_provider_matviews.services.staleness import Baseline, Judgement, Lo
 from demo.postgres_server import PostgresServer
 from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
 
-pytestmark = pytest.mark.e2e
 
 SILENT = logging.getLogger("tests.fire.silent")
 SILENT.disabled = True
@@ -94,7 +93,11 @@ VIEWS: dict[str, tuple[str, LiteralString, bool]] = {
     "by_operator": ("auto", "SELECT id, n <+> key AS n FROM rests", False),
     "by_rest": ("concurrent", "SELECT id, sum(n) AS n FROM rests GROUP BY 1", True),
     "by_pet": ("regular", "SELECT to_jsonb(p) AS whole FROM pets p", False),
-    "over_both": ("auto", "SELECT k.id, k.n + coalesce(m.n, 0) AS n FROM by_key k LEFT JOIN by_name m USING (id)", True),
+    "over_both": (
+        "auto",
+        "SELECT k.id, k.n + coalesce(m.n, 0) AS n FROM by_key k LEFT JOIN by_name m USING (id)",
+        True,
+    ),
     "over_events": ("concurrent", "SELECT e.n AS id, count(*) AS n FROM by_event e GROUP BY 1", True),
     "over_rest": ("regular", "SELECT n AS id, count(*) AS n FROM by_rest GROUP BY 1", True),
     "top": ("swap", "SELECT b.id, b.n, e.n AS events FROM over_both b LEFT JOIN over_events e USING (id)", False),
@@ -261,7 +264,9 @@ class Place:
         self.in_play = [area for area in AREAS if dice.random() < share]
         # What writers do hides what DDL has done.
         calm = dice.random() < 0.3
-        acting = [actor for actor in self.actors if dice.random() < actor.share and not (calm and type(actor) is Writer)]
+        acting = [
+            actor for actor in self.actors if dice.random() < actor.share and not (calm and type(actor) is Writer)
+        ]
         self.over.clear()
         running = [pool.submit(actor.act) for actor in acting]
         time.sleep(dice.uniform(*BURST))
@@ -420,9 +425,7 @@ class Writer(Actor):
         if self.dice.random() < 0.4:
             self._write()
         else:
-            connection.execute(
-                "BEGIN" if self.dice.random() < 0.7 else "BEGIN ISOLATION LEVEL REPEATABLE READ"
-            )
+            connection.execute("BEGIN" if self.dice.random() < 0.7 else "BEGIN ISOLATION LEVEL REPEATABLE READ")
             for _ in range(self.dice.randint(1, 4)):
                 self._write_or_not() if self.dice.random() < 0.3 else self._write()
             if self.dice.random() < 0.5:
@@ -454,9 +457,7 @@ class Writer(Actor):
         except psycopg.Error:
             self.connection.execute("ROLLBACK TO SAVEPOINT perhaps")
         else:
-            self.connection.execute(
-                self.dice.choice(("RELEASE SAVEPOINT perhaps", "ROLLBACK TO SAVEPOINT perhaps"))
-            )
+            self.connection.execute(self.dice.choice(("RELEASE SAVEPOINT perhaps", "ROLLBACK TO SAVEPOINT perhaps")))
 
     def _end(self) -> None:
         chosen = self.dice.random()
@@ -506,9 +507,7 @@ def refresh_plainly(actor: Actor) -> None:
     """Refresh a view as psql does."""
     name = actor.dice.choice(list(VIEWS))
     how: LiteralString = "CONCURRENTLY " if VIEWS[name][2] and actor.dice.random() < 0.5 else ""
-    actor.connection.execute(
-        sql.SQL("REFRESH MATERIALIZED VIEW {}{}").format(sql.SQL(how), sql.Identifier(name))
-    )
+    actor.connection.execute(sql.SQL("REFRESH MATERIALIZED VIEW {}{}").format(sql.SQL(how), sql.Identifier(name)))
 
 
 class Outsider(Actor):
@@ -623,6 +622,7 @@ def fire() -> Iterator[tuple[PostgresServer, Figures]]:
         yield server, Figures(seed)
 
 
+@pytest.mark.e2e
 def test_what_is_left_alone_is_never_older_than_what_it_reads(capsys: pytest.CaptureFixture[str]) -> None:
     with fire() as (server, figures):
         try:
@@ -636,3 +636,97 @@ def test_what_is_left_alone_is_never_older_than_what_it_reads(capsys: pytest.Cap
     skipped, updated = happened["views skipped at last"], happened["views updated at last"]
     assert happened["rounds"] >= LEAST_ROUNDS
     assert skipped >= LEAST_SHARE_SKIPPED * (skipped + updated)
+
+
+# What the fire has found, or what was added to it because of what was found beside it.
+
+
+def test_columns_that_are_renamed_or_added_change_what_reads_whole_rows(db: Database) -> None:
+    hook = _quiet(db)
+    db.execute(
+        "CREATE TABLE pets AS SELECT 1 AS id, 2 AS n",
+        "CREATE VIEW between AS SELECT id, n FROM pets",
+        "CREATE MATERIALIZED VIEW of_table AS SELECT to_jsonb(p) AS whole FROM pets p",
+        "CREATE MATERIALIZED VIEW of_view AS SELECT to_jsonb(b) AS whole FROM between b",
+    )
+    _refresh_twice(hook, "of_table", "of_view")
+    for change in (
+        "ALTER TABLE pets ADD COLUMN more integer DEFAULT 5",
+        "ALTER TABLE pets RENAME COLUMN more TO other",
+        "ALTER TABLE pets DROP COLUMN other",
+    ):
+        db.execute(change)
+        assert hook.refresh("of_table", skip_unchanged=True).status == "updated", change
+    db.execute("ALTER VIEW between RENAME COLUMN n TO m")
+    assert hook.refresh("of_view", skip_unchanged=True).status == "updated"
+
+
+def test_another_expression_of_a_virtual_column_is_a_change(db: Database) -> None:
+    hook = _quiet(db)
+    db.execute(
+        "CREATE TABLE pets (n integer, twice integer GENERATED ALWAYS AS (n * 2) VIRTUAL)",
+        "CREATE MATERIALIZED VIEW mv AS SELECT sum(twice) FROM pets",
+    )
+    _refresh_twice(hook, "mv")
+    db.execute("ALTER TABLE pets ALTER COLUMN twice SET EXPRESSION AS (n * 3)")
+    assert hook.refresh("mv", skip_unchanged=True).status == "updated"
+
+
+def test_a_partition_that_was_left_half_detached_is_one_that_is_gone(db: Database) -> None:
+    hook = _quiet(db)
+    db.execute(
+        "CREATE TABLE events (key integer) PARTITION BY LIST (key)",
+        "CREATE TABLE events_1 PARTITION OF events FOR VALUES IN (1)",
+        "INSERT INTO events VALUES (1)",
+        "CREATE MATERIALIZED VIEW mv AS SELECT count(*) AS n FROM events",
+    )
+    _refresh_twice(hook, "mv")
+    with db.connect() as reader, db.connect(options="-c lock_timeout=50ms") as changer:
+        reader.execute("BEGIN")
+        reader.execute("SELECT FROM events")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            changer.execute("ALTER TABLE events DETACH PARTITION events_1 CONCURRENTLY")
+    assert hook.refresh("mv", skip_unchanged=True).status == "updated"
+    assert db.value("SELECT n FROM mv") == db.value("SELECT count(*) FROM events") == 0
+    db.execute("ALTER TABLE events DETACH PARTITION events_1 FINALIZE")
+    assert hook.refresh("mv", skip_unchanged=True).status == "skipped"
+
+
+@pytest.mark.parametrize("way", ["itself", "prepared", "imported"])
+def test_older_rows_that_come_back_are_replaced_however_late_they_come(db: Database, way: str) -> None:
+    hook = _quiet(db)
+    db.execute("CREATE TABLE source AS SELECT 1 AS n", "CREATE MATERIALIZED VIEW mv AS TABLE source")
+    with db.connect() as older, db.connect() as younger:
+        older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+        older.execute("SELECT")
+        snapshot = older.execute("SELECT pg_export_snapshot()").fetchall()[0][0] if way == "imported" else ""
+        db.execute("INSERT INTO source VALUES (2)")
+        hook.refresh("mv", refresh_strategy="regular")
+        if way == "imported":
+            younger.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+            younger.execute(sql.SQL("SET TRANSACTION SNAPSHOT {}").format(sql.Literal(snapshot)))
+            older.execute("COMMIT")
+            assert hook.refresh("mv", skip_unchanged=True).status == "skipped"
+        returning = younger if way == "imported" else older
+        returning.execute("REFRESH MATERIALIZED VIEW mv")
+        if way == "prepared":
+            returning.execute("PREPARE TRANSACTION 'late'")
+            assert hook.refresh("mv", skip_unchanged=True).status == "skipped"
+            returning.execute("COMMIT PREPARED 'late'")
+        else:
+            returning.execute("COMMIT")
+    assert db.rows("TABLE mv") == [(1,)]
+    assert hook.refresh("mv", skip_unchanged=True).status == "updated"
+    assert hook.refresh("mv", skip_unchanged=True).status == "skipped"
+
+
+def _quiet(database: Database) -> MatViewHook:
+    hook = hook_on(database)
+    hook._log = SILENT
+    return hook
+
+
+def _refresh_twice(hook: MatViewHook, *views: str) -> None:
+    for view in views:
+        assert hook.refresh(view, skip_unchanged=True).status == "updated"
+        assert hook.refresh(view, skip_unchanged=True).status == "skipped"

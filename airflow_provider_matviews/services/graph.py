@@ -41,6 +41,8 @@ WALK = sql.SQL(
             UNION ALL
             SELECT 'pg_class'::regclass, i.inhrelid FROM pg_catalog.pg_inherits i
             WHERE r.class = 'pg_class'::regclass AND i.inhparent = r.object
+              -- What DETACH ... CONCURRENTLY was stopped in the middle of is not read any more.
+              AND NOT i.inhdetachpending
         ) d
     )
     """

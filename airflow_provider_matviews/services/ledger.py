@@ -583,7 +583,7 @@ class Ledger:
         return [Run(**row) for row in rows]
 
     def past_refreshes(self, definition_id: int, limit: int = 20) -> Work[list[PastRefresh]]:
-        """Return a view's latest successful refreshes, newest first."""
+        """Return a view's latest successful refreshes by us, newest first."""
         rows = yield from fetch_all(
             sql.SQL(
                 """
@@ -595,6 +595,8 @@ class Ledger:
                        (meta->'response'->>'rows_deleted')::bigint AS rows_deleted,
                        (meta->'response'->>'heap_bytes')::bigint AS heap_bytes
                 FROM {} WHERE mat_view_definition_id = %s AND status = %s AND operation = %s
+                  -- Others do not tell what they found.
+                  AND NOT meta ? 'imported_from'
                 ORDER BY created_at DESC, id DESC LIMIT %s
                 """
             ).format(self._table("mat_view_runs")),

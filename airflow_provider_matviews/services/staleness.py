@@ -24,6 +24,13 @@ from airflow_provider_matviews.services.graph import DISPLAY, WALK
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import Ledger
 
+#: Moves with the columns of a relation ``c``, which show where a whole row is read, and with the expressions of those
+#: that are computed as they are read.
+_COLUMNS = sql.SQL(
+    "(SELECT md5(string_agg(a.attnum || ':' || a.xmin, ' ' ORDER BY a.attnum)) FROM pg_catalog.pg_attribute a "
+    "WHERE a.attrelid = c.oid AND a.attnum > 0)"
+)
+
 _LOOK = sql.SQL(
     """
     WITH RECURSIVE roots AS (
@@ -31,10 +38,14 @@ _LOOK = sql.SQL(
         WHERE c.relkind = 'm' AND (%(schemas)s::text[] IS NULL OR (n.nspname::text, c.relname::text) IN
                                    (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[])))
     ), {walk}, shapes AS (
-        -- A view or a function that is replaced gets a new version of its row.
+        -- A view, a column or a function that is replaced or renamed gets a new version of its row.
         SELECT r.root, 'rule' AS kind, w.oid, w.xmin::text AS version
         FROM reads r JOIN pg_catalog.pg_class c ON c.oid = r.object AND c.relkind = 'v'
         JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.object AND w.rulename = '_RETURN'
+        WHERE r.class = 'pg_class'::regclass
+        UNION ALL
+        SELECT r.root, 'columns', c.oid, {columns} FROM reads r
+        JOIN pg_catalog.pg_class c ON c.oid = r.object AND c.relkind = 'v'
         WHERE r.class = 'pg_class'::regclass
         UNION ALL
         SELECT r.root, 'function', p.oid, p.xmin::text FROM reads r JOIN pg_catalog.pg_proc p ON p.oid = r.object
@@ -60,10 +71,10 @@ _LOOK = sql.SQL(
     FROM roots JOIN pg_catalog.pg_class c ON c.oid = roots.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN LATERAL (
         SELECT coalesce(jsonb_object_agg({display}, CASE
-                   WHEN c.relkind = 'm' THEN concat_ws(':', c.oid, c.relfilenode, c.xmin)
+                   WHEN c.relkind = 'm' THEN concat_ws(':', c.oid, c.relfilenode, c.xmin, {columns})
                    ELSE concat_ws(':', c.oid, c.relfilenode, pg_catalog.pg_stat_get_tuples_inserted(c.oid),
                                   pg_catalog.pg_stat_get_tuples_updated(c.oid),
-                                  pg_catalog.pg_stat_get_tuples_deleted(c.oid)) END)
+                                  pg_catalog.pg_stat_get_tuples_deleted(c.oid), {columns}) END)
                    FILTER (WHERE c.relkind IN ('r', 'm')), '{{}}') AS sources,
                -- As people name them: a partition is told by the table that it belongs to.
                coalesce(array_agg({display} ORDER BY {display})
@@ -79,13 +90,25 @@ _LOOK = sql.SQL(
         WHERE r.root = roots.oid AND r.class = 'pg_class'::regclass AND r.object <> roots.oid
     ) relations ON true
     """
-).format(walk=WALK, display=DISPLAY)
+).format(walk=WALK, display=DISPLAY, columns=_COLUMNS)
 
-#: Transactions that were begun already and may hold an older picture of the data than a look that comes before this.
-#: Ours are not among them: they end with the refresh.
+#: Transactions that were begun already and may hold an older picture of the data than a look that comes before this
+#: (``open``), and what tells whether such a picture is left when those have ended: whether a prepared transaction may
+#: hold a refresh, since it has lost that name and still its locks, and the oldest picture that anybody holds, since a
+#: younger transaction may have taken it over (SET TRANSACTION SNAPSHOT). Ours are not among them: they end with the
+#: refresh.
 _OPEN = sql.SQL(
-    "SELECT coalesce(array_agg(virtualxid ORDER BY virtualxid), '{}') AS open FROM pg_catalog.pg_locks "
-    "WHERE locktype = 'virtualxid' AND granted AND pid <> pg_backend_pid() AND pid <> ALL (%(ours)s::integer[])"
+    """
+    SELECT coalesce(array_agg(virtualxid ORDER BY virtualxid) FILTER (
+               WHERE locktype = 'virtualxid' AND granted AND pid <> pg_backend_pid()
+                 AND pid <> ALL (%(ours)s::integer[])), '{}') AS open,
+           coalesce(bool_or(locktype = 'relation' AND mode = 'AccessExclusiveLock' AND pid IS NULL), false) AS prepared,
+           (SELECT min(pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())::text::bigint
+                       - pg_catalog.age(a.backend_xmin))
+            FROM pg_catalog.pg_stat_get_activity(NULL) a
+            WHERE a.pid <> pg_backend_pid() AND a.pid <> ALL (%(ours)s::integer[])) AS oldest
+    FROM pg_catalog.pg_locks
+    """
 )
 
 #: What of a stored query can give another result though no row of its sources has changed. Built-in functions that are
@@ -306,7 +329,17 @@ def is_settled(baseline: Baseline, ours: Sequence[int], session: Session = Sessi
     if not baseline.open:
         return True
     rows = yield from fetch_all(_OPEN, {"ours": list(ours)}, session)
-    return not set(baseline.open) & set(rows[0]["open"])
+    return _settles(baseline, rows[0])
+
+
+def _settles(baseline: Baseline, now: Mapping[str, Any]) -> bool:
+    # A picture that is newer than the baseline's has all in it that had ended then.
+    ended_then = int(baseline.snapshot.split(":")[1])
+    return (
+        not set(baseline.open) & set(now["open"])
+        and not now["prepared"]
+        and (now["oldest"] is None or now["oldest"] >= ended_then)
+    )
 
 
 def judge(look: Look, baseline: Baseline | None, *, max_staleness: float | None = None) -> Judgement:
@@ -340,7 +373,7 @@ def judge_views(
     """
     kept = yield from ledger.source_states(session)
     # Before the look, as in :func:`is_settled`.
-    open_before = set((yield from fetch_all(_OPEN, {"ours": []}, session))[0]["open"])
+    (open_before,) = yield from fetch_all(_OPEN, {"ours": []}, session)
     judgements = []
     for view, look in (yield from look_at(views, session)).items():
         definition_id, state = kept.get((view.schema, view.name), (None, None))
@@ -349,7 +382,7 @@ def judge_views(
         settles = (
             baseline is not None
             and bool(baseline.open)
-            and not open_before & set(baseline.open)
+            and _settles(baseline, open_before)
             and look.version == baseline.version
         )
         judgements.append(
