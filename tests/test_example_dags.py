@@ -44,6 +44,7 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
         "matviews_create",
         "matviews_delete",
         "matviews_drift",
+        "matviews_events",
         "matviews_fleet",
         "matviews_refresh",
     ]

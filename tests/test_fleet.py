@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, LiteralString
@@ -31,6 +32,7 @@ from airflow_provider_matviews.exceptions import (
 from airflow_provider_matviews.operators.matview import RefreshMatViewsOperator
 from airflow_provider_matviews.services.fleet import Fleet, Outcome, Selection, carry_out
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.triggers.matview import MatViewTrigger
 from tests.airflow_dags import run_dag, set_connection
 from tests.conftest import Database, hook_on
 from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
@@ -227,6 +229,40 @@ def test_a_signal_to_the_task_reaches_the_server_while_its_loop_sleeps(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert db.value("SELECT count(*) FROM matviews.mat_view_run_history WHERE dag_id = 'd'") == 2
+
+
+def test_a_stopped_trigger_ends_all_that_it_runs_and_begins_no_more(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _gated(db, 5)
+    set_connection(monkeypatch, db)
+    trigger = MatViewTrigger(
+        operation="refresh_many",
+        subject=None,
+        arguments={"views": ["v*"], "at_once": 2},
+        conn_id="postgres_default",
+        tracking_schema="matviews",
+        context={"dag_id": "d"},
+        deferral="this one",
+        deadline=time.time() + 60,
+        timeout=60,
+    )
+    assert type(trigger)(**trigger.serialize()[1]).serialize() == trigger.serialize()
+
+    async def stop() -> None:
+        firing = asyncio.ensure_future(anext(trigger.run()))
+        await asyncio.to_thread(until, db, AT_THE_GATE)
+        firing.cancel("__airflow_user_action__")
+        with pytest.raises(asyncio.CancelledError):
+            await firing
+
+    with gate_closed(db):
+        asyncio.run(stop())
+    until(db, "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()")
+    runs = db.rows("SELECT status, error_message FROM matviews.mat_view_run_history")
+    assert {status for status, _ in runs} == {"failed"}
+    assert all("Airflow stopped the deferred task" in message for _, message in runs)
+    assert 1 <= len(runs) <= 2
 
 
 def test_all_of_them_together_get_no_more_time_than_the_task_has(db: Database) -> None:

@@ -19,6 +19,7 @@ from tests.killing import VICTIM, Gallows, Order, gallows
 from tests.racing import until
 
 TABLES = [
+    "mat_view_changes",
     "mat_view_cron_imports",
     "mat_view_definitions",
     "mat_view_migrations",

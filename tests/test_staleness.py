@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, LiteralString
 
+import psycopg
 import pytest
 from airflow.models.asset import AssetEvent, AssetModel
 from airflow.sdk import DAG, AssetAlias
@@ -277,17 +282,31 @@ def test_a_server_that_does_not_count_is_not_believed(db: Database) -> None:
     assert _refresh(hook) == ("updated", "the server does not count rows (track_counts is off)")
 
 
-@pytest.mark.parametrize("mode", ["fast", "immediate"])
-def test_what_was_counted_before_a_restart_or_a_crash_is_not_compared(mode: Any) -> None:
+@pytest.mark.parametrize("end", ["fast", "immediate", "a process killed"])
+def test_what_was_counted_before_a_restart_or_a_crash_is_not_compared(end: Any) -> None:
     with PostgresServer(INSTALLATIONS[NEWEST], None) as server:
         db = Database(server, "postgres")
         _write(db, *ESTATE)
         hook = hook_on(db)
         hook.refresh("mv")
-        server.restart(mode)
+        if end == "a process killed":
+            # All others are ended with it, and the server starts anew under the same start time.
+            with db.connect() as connection, pytest.raises(psycopg.OperationalError):
+                os.kill(connection.info.backend_pid, signal.SIGKILL)
+                connection.execute("SELECT pg_sleep(60)")
+            _wait_for(db)
+        else:
+            server.restart(end)
         status, why = _refresh(hook)
         assert (status, "counted anew" in why) == ("updated", True)
         assert _refresh(hook)[0] == "skipped"
+
+
+def _wait_for(database: Database) -> None:
+    for _ in range(300):
+        with suppress(psycopg.OperationalError), database.connect():
+            return
+        time.sleep(0.1)
 
 
 def test_a_dry_run_says_whether_it_would_be_left_alone_and_writes_nothing(db: Database) -> None:

@@ -722,10 +722,10 @@ class MatViewHook(PostgresHook):
         for driver in running:
             driver.cancel(reason)
 
-    def refuse(self, reason: str) -> None:
+    def refuse(self, reason: str) -> bool:
         """Stop the operation that runs now, and every one that is begun from now on, as :meth:`cancel` does."""
         self._refused = reason
-        self.cancel(reason)
+        return self.cancel(reason)
 
     def asset_uri(self, view: str) -> str:
         """Return the URI of a view as an Airflow asset: ``postgres://host:port/database/schema/view``.

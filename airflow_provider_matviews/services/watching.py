@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import TypeVar
 
 from psycopg import sql
@@ -96,10 +97,14 @@ class Sight:
         ]
         return max(0.0, (look.at - max(changes)).total_seconds()) if changes else 0.0
 
-    def logged(self, name: str) -> list[LoggedTable]:
+    def logged(self, name: str) -> tuple[LoggedTable, ...]:
         """Return a table and all that it is a partition or a child of, where each change of it is logged."""
-        lineage = self._lineage(name)
-        return [] if any(table.gap is not None for table in lineage) else lineage
+        return self._logged.get(name, ())
+
+    @cached_property
+    def _logged(self) -> dict[str, tuple[LoggedTable, ...]]:
+        lineages = {name: self._lineage(name) for name in self.tables}
+        return {name: lineage for name, lineage in lineages.items() if all(table.gap is None for table in lineage)}
 
     def gaps(self, view: ResolvedName) -> dict[str, str]:
         """Return what is not logged of what a view reads, and why."""
@@ -111,15 +116,19 @@ class Sight:
             if table.gap is not None and table.relkind != "m"
         }
 
-    def _lineage(self, name: str) -> list[LoggedTable]:
-        by_oid = {table.oid: table for table in self.tables.values()}
-        lineage, ahead = [], [self.tables[name]] if name in self.tables else []
+    @cached_property
+    def _by_oid(self) -> dict[int, LoggedTable]:
+        return {table.oid: table for table in self.tables.values()}
+
+    def _lineage(self, name: str) -> tuple[LoggedTable, ...]:
+        lineage: dict[int, LoggedTable] = {}
+        ahead = [self.tables[name]] if name in self.tables else []
         while ahead:
             table = ahead.pop()
-            if table not in lineage:
-                lineage.append(table)
-                ahead += [by_oid[oid] for oid in table.parents if oid in by_oid]
-        return lineage
+            if table.oid not in lineage:
+                lineage[table.oid] = table
+                ahead += [self._by_oid[oid] for oid in table.parents if oid in self._by_oid]
+        return tuple(lineage.values())
 
 
 _S = TypeVar("_S", Look, Baseline)

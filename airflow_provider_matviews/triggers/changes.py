@@ -225,6 +225,7 @@ class _Lookout:
         self.watchers: set[_Watcher] = set()
         self._conn_id = conn_id
         self._ledger = Ledger(tracking_schema)
+        self._failures = 0
         # Of no watcher's own: it may outlive the one that came first, and its log with it.
         self._task = asyncio.create_task(self._keep_looking(), context=Context())
 
@@ -235,10 +236,8 @@ class _Lookout:
             await self._task
 
     async def _keep_looking(self) -> None:
-        attempts = 0
         while True:
             hook: MatViewHook | None = None
-            begun = time.monotonic()
             try:
                 # Looked up here, without blocking the loop that all triggers share; and anew each time.
                 hook = MatViewHook(
@@ -252,10 +251,8 @@ class _Lookout:
                     )
                     await self._look_on(connection, driver)
             except Exception as error:
-                if time.monotonic() - begun > _LONGEST_LOOK:
-                    attempts = 0
-                pause = _CONNECT_AGAIN_AFTER[min(attempts, len(_CONNECT_AGAIN_AFTER) - 1)]
-                attempts += 1
+                pause = _CONNECT_AGAIN_AFTER[min(self._failures, len(_CONNECT_AGAIN_AFTER) - 1)]
+                self._failures += 1
                 message = f"{type(error).__name__}: {error}"
                 log.warning(
                     "Cannot look at the views behind %s; trying again in %s s. Nothing is missed meanwhile. %s",
@@ -281,6 +278,7 @@ class _Lookout:
             work = watching.see(self._ledger, names, sight, everything=everything, with_log=with_log)
             async with asyncio.timeout(_LONGEST_LOOK):
                 sight = await driver.run(work)
+            self._failures = 0
             for watcher in watchers:
                 watcher.show(sight)
             if with_log:

@@ -160,7 +160,7 @@ class MatViewTrigger(BaseTrigger):
                 _let_run.add(task)
                 task.add_done_callback(_let_run.discard)
                 raise
-            if not hook.cancel(_STOPPED if by_user else _SHUT_DOWN):
+            if not hook.refuse(_STOPPED if by_user else _SHUT_DOWN):
                 task.cancel()
             with suppress(Exception):
                 await asyncio.shield(task)
