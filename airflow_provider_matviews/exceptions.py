@@ -122,7 +122,7 @@ class FleetFailed(MatViewError):
     """Of several views that were to be refreshed some were not; the others were.
 
     :ivar failed: those whose refresh failed.
-    :ivar stopped: those that read one of them, near or far, and were left as they are.
+    :ivar stopped: those that were left as they are, because they read one of them, near or far, or because time was up.
     :ivar result: what came of each; None where the error came by way of a triggerer.
     """
 

@@ -276,10 +276,11 @@ def test_all_of_them_together_get_no_more_time_than_the_task_has(db: Database) -
     with pytest.raises(FleetFailed) as failed:
         hook.refresh_many(["v*"], at_once=1)
     assert failed.value.result is not None
-    assert [outcome.status for outcome in failed.value.result.outcomes] == ["updated", "failed", "failed"]
+    assert [outcome.status for outcome in failed.value.result.outcomes] == ["updated", "failed", "stopped"]
     reasons = [outcome.reason or "" for outcome in failed.value.result.outcomes]
     assert "Timed out after 1 s" in reasons[1]
-    assert "Not begun" in reasons[2]
+    assert "all the time that was given (1 s) was over" in reasons[2]
+    assert [run.status for run in hook.runs()] == ["skipped", "failed", "success"]
 
 
 def test_parallel_queries_are_left_to_those_that_ask_for_them(db: Database) -> None:

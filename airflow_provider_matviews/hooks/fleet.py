@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, OperationTimedOut
+from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition
 from airflow_provider_matviews.services import fleet as fleets
 from airflow_provider_matviews.services.execute_async import AsyncDriver
-from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, Outcome, Selection
+from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, NotBegun, Outcome, Selection
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
@@ -166,10 +166,8 @@ class FleetRun:
             return None
         remaining = self._hook.longest - (time.monotonic() - self._begun)
         if remaining < 0.001:
-            raise OperationTimedOut(
-                f"Not begun: all the time that was given ({self._hook.given or self._hook.longest:.4g} s) is over.",
-                hint="give the task more time (execution_timeout), or see in the table what took so long.",
-            )
+            given = self._hook.given or self._hook.longest
+            raise NotBegun(f"all the time that was given ({given:.4g} s) was over")
         return remaining
 
     def _tell_plan(self, fleet: Fleet, at_once: int) -> None:
@@ -206,25 +204,23 @@ class FleetRun:
             for line in result.table():
                 self._log.info("%s", self._hook.redact(line))
             self._log.info("::endgroup::")
-        if failed := fleet.with_status("failed"):
-            raise self._failure(fleet, failed, result)
+        if fleet.with_status("failed", "stopped"):
+            raise self._failure(fleet, result)
         return result
 
-    def _failure(self, fleet: Fleet, failed: Sequence[str], result: FleetResponse) -> FleetFailed:
-        told = [f"{view}: {(fleet.outcomes[view].reason or '').splitlines()[0]}" for view in failed[:5]]
-        if len(failed) > 5:
-            told.append(f"and {len(failed) - 5} more")
-        stopped = fleet.with_status("stopped")
+    def _failure(self, fleet: Fleet, result: FleetResponse) -> FleetFailed:
+        failed, stopped = fleet.with_status("failed"), fleet.with_status("stopped")
+        told = [f"{view}: {fleet.outcomes[view].headline}" for view in (failed or stopped)[:5]]
+        if len(failed or stopped) > 5:
+            told.append(f"and {len(failed or stopped) - 5} more")
+        left = f"{len(stopped)} more were" if failed else f"{len(stopped)} of {_views(len(fleet.needs))} were"
+        parts = [f"{len(failed)} of {_views(len(fleet.needs))} could not be refreshed"] if failed else []
+        parts += [f"{left} left as they are"] if stopped else []
         error = FleetFailed(
-            self._hook.redact(
-                f"{len(failed)} of {_views(len(fleet.needs))} could not be refreshed"
-                + (f", and {len(stopped)} more were left as they are because they read those" if stopped else "")
-                + ". "
-                + "; ".join(told)
-            ),
+            self._hook.redact(f"{', and '.join(parts)}. {'; '.join(told)}"),
             failed=failed,
             stopped=stopped,
-            hint="mend what the run rows of these say, then run it again: skip_unchanged=True spares the others.",
+            hint="see the table in the log, and the run rows; then run it again: skip_unchanged=True spares the others.",
         )
         error.result = result
         return error

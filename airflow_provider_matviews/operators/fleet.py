@@ -121,7 +121,7 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
             raise
         finally:
             self._hook = None
-        return self._conclude(context, hook, result.as_dict())
+        return self._conclude(context, hook, result.as_dict(hook.redact))
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
         """Go on where the trigger has ended.

@@ -45,6 +45,10 @@ Status = Literal["updated", "skipped", "failed", "stopped"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 
 
+class NotBegun(Exception):
+    """A view's turn came when it could not be refreshed any more; the message says why."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """Which views.
@@ -121,7 +125,8 @@ class Selection:
 class Outcome:
     """What became of one view.
 
-    :ivar status: ``updated``, ``skipped``, ``failed``, or ``stopped`` because something that it reads failed.
+    :ivar status: ``updated``, ``skipped``, ``failed``, or ``stopped``: not begun, because something that it reads was
+        not refreshed, or because time was up.
     :ivar reason: why, for a person; the error's message where it failed.
     :ivar response: of its refresh; None where none was begun.
     """
@@ -132,8 +137,16 @@ class Outcome:
     response: ServiceResponse | None = None
     run_id: int | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data, for XCom."""
+    @property
+    def headline(self) -> str:
+        """The first line of the reason."""
+        return next(iter((self.reason or "").splitlines()), "")
+
+    def as_dict(self, redact: Callable[[str], str] = str) -> dict[str, Any]:
+        """Return it as plain data, for XCom.
+
+        :param redact: takes secrets out of text: a reason may be in the words of the server, which may repeat a query.
+        """
         facts = self.response.response if self.response else {}
         return {
             "view": self.view,
@@ -142,7 +155,7 @@ class Outcome:
             "row_count_before": facts.get("row_count_before"),
             "row_count_after": facts.get("row_count_after"),
             "duration_ms": self.response.duration_ms if self.response else None,
-            "reason": self.reason,
+            "reason": redact(self.reason) if self.reason else self.reason,
             "mat_view_run_id": self.run_id,
             **({"sources": facts["sources"]} if "sources" in facts else {}),
         }
@@ -206,12 +219,15 @@ class FleetResponse:
         """Return how many have ended so."""
         return sum(outcome.status == status for outcome in self.outcomes)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as plain data, for XCom."""
+    def as_dict(self, redact: Callable[[str], str] = str) -> dict[str, Any]:
+        """Return it as plain data, for XCom.
+
+        :param redact: takes secrets out of text.
+        """
         return {
             **{status: self.count(status) for status in STATUSES},
             "seconds": round(self.seconds, 3),
-            "views": [outcome.as_dict() for outcome in self.outcomes],
+            "views": [outcome.as_dict(redact) for outcome in self.outcomes],
         }
 
     def table(self) -> list[str]:
@@ -228,7 +244,7 @@ class FleetResponse:
                     "" if facts["row_count_after"] is None else f"{facts['row_count_after']:,}",
                     "" if facts["duration_ms"] is None else f"{facts['duration_ms'] / 1000:.2f}",
                     # What it was, not why it was chosen.
-                    "" if outcome.status == "updated" else (outcome.reason or "").splitlines()[0],
+                    "" if outcome.status == "updated" else outcome.headline,
                 )
             )
         widths = [max(len(row[column]) for row in rows) for column in range(5)]
@@ -395,9 +411,18 @@ def _outcome(view: str, task: asyncio.Task[ServiceResponse]) -> Outcome:
         return Outcome(view, status, facts.get("stale") or facts.get("reason"), response, response.run_id)
     if not isinstance(error, Exception):
         raise error
+    if isinstance(error, NotBegun):
+        return Outcome(view, "stopped", str(error))
     so_far = getattr(error, "response", None)
-    message = error.message if isinstance(error, MatViewError) else str(error)
-    return Outcome(view, "failed", message, so_far, so_far.run_id if so_far else None)
+    return Outcome(view, "failed", _told(error), so_far, so_far.run_id if so_far else None)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, MatViewError):
+        return error.message
+    # Without the excerpt of the statement.
+    primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+    return primary or str(error) or type(error).__name__
 
 
 def record_stopped(ledger: Ledger, fleet: Fleet, meta: Mapping[str, Any]) -> Work[None]:

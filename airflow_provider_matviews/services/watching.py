@@ -39,13 +39,13 @@ class Truth(StrEnum):
 class Sight:
     """What a watcher sees at one moment.
 
-    :ivar names: where the views stand that were asked for by name.
-    :ivar on_record: which of them the record knows.
     :ivar looks: the views that stand and are watched.
     :ivar baselines: what is kept of their last refreshes.
     :ivar at_work: those that are being refreshed, or made or dropped.
     :ivar tables: what they read, by name; nothing where the change log is not asked for.
     :ivar unseen: tables (OID) with changes that a snapshot does not see, and when the latest was made.
+    :ivar names: where those stand that were asked for by name.
+    :ivar on_record: those that the record knows.
     """
 
     looks: Mapping[ResolvedName, Look]
@@ -68,34 +68,32 @@ class Sight:
         masked = _without_counters(look, logged)
         judgement = judge(masked, baseline and _without_counters(baseline, logged), max_staleness=max_staleness)
         latest = sorted({(table.oid, table.latest) for lineage in logged.values() for table in lineage})
+        latest = sorted({(table.oid, table.latest) for lineage in logged.values() for table in lineage})
         judgement = replace(judgement, digest=f"{judgement.digest} {latest}")
-        if baseline is None or not look.populated:
+        changes = self._changes(view)
+        if not changes or not look.populated:
             return judgement
-        changed = {
-            table.name.display: self.unseen[table.oid, baseline.snapshot]
-            for lineage in logged.values()
-            for table in lineage
-            if (table.oid, baseline.snapshot) in self.unseen
-        }
-        if not changed:
-            return judgement
-        names = sorted(changed)
+        names = sorted(changes)
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        reason = f"{', '.join(names[:3])}{more} changed at {max(changed.values()):%Y-%m-%d %H:%M:%S %Z}"
+        reason = f"{', '.join(names[:3])}{more} changed at {max(changes.values()):%Y-%m-%d %H:%M:%S %Z}"
         return replace(judgement, stale=True, reason=reason)
 
     def quiet(self, view: ResolvedName) -> float:
         """Return for how many seconds no source has changed, as far as the log tells; 0 where it tells nothing."""
-        look, baseline = self.looks[view], self.baselines.get(view)
+        changes = self._changes(view)
+        return max(0.0, (self.looks[view].at - max(changes.values())).total_seconds()) if changes else 0.0
+
+    def _changes(self, view: ResolvedName) -> dict[str, datetime]:
+        """Return the tables with changes that the view's last refresh did not see, and when the latest was made."""
+        baseline = self.baselines.get(view)
         if baseline is None:
-            return 0.0
-        changes = [
-            self.unseen[table.oid, baseline.snapshot]
-            for name in look.sources
+            return {}
+        return {
+            table.name.display: at
+            for name in self.looks[view].sources
             for table in self.logged(name)
-            if (table.oid, baseline.snapshot) in self.unseen
-        ]
-        return max(0.0, (look.at - max(changes)).total_seconds()) if changes else 0.0
+            if (at := self.unseen.get((table.oid, baseline.snapshot))) is not None
+        }
 
     def logged(self, name: str) -> tuple[LoggedTable, ...]:
         """Return a table and all that it is a partition or a child of, where each change of it is logged."""
@@ -237,6 +235,7 @@ class Watched:
     due_at: float | None = None
     _stale_since: float | None = None
     _moved_at: float = 0.0
+    _looked_at: float | None = None
     _digest: str = ""
     _refreshed_at: datetime | None = None
     _said: int = 0
@@ -245,18 +244,21 @@ class Watched:
         """Take note of how the view stands, and return whether it is time to say so.
 
         :param now: the moment, on any clock that only goes forward.
-        :param quiet: seconds since the latest change, where that is known.
+        :param quiet: seconds since the latest change, where that is known; what others could not see at the last look
+            has been committed after it, whenever it was made.
         :param at_work: whether it is being refreshed: how it stands after that is what counts.
         """
+        moved_at = now - quiet if self._looked_at is None else max(now - quiet, self._looked_at)
+        self._looked_at = now
         if not judgement.stale:
             self._stale_since = self.due_at = None
             return False
         if self._stale_since is None or judgement.refreshed_at != self._refreshed_at:
             # Newly so, or again although it has been refreshed.
-            self._stale_since, self._moved_at = now, now - quiet
+            self._stale_since, self._moved_at = now, moved_at
             self._said = 0
         elif judgement.digest != self._digest:
-            self._moved_at = now - quiet
+            self._moved_at = moved_at
         self._digest, self._refreshed_at = judgement.digest, judgement.refreshed_at
         if not self._said:
             self.due_at = min(self._moved_at + self.rhythm.debounce, self._stale_since + self.rhythm.max_wait)

@@ -121,7 +121,10 @@ class MatViewTrigger(BaseTrigger):
         else:
             if isinstance(response, FleetResponse):
                 # What the table tells in the triggerer's log belongs into the task's, too.
-                payload = {"summary": response.as_dict(), "table": [hook.redact(line) for line in response.table()]}
+                payload = {
+                    "summary": response.as_dict(hook.redact),
+                    "table": [hook.redact(line) for line in response.table()],
+                }
             else:
                 log_statements(self.log, response, hook.redact)
                 payload = {"summary": summary(response, hook.redact), "stood_back": stood_back(response)}
