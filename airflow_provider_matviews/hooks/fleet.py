@@ -8,9 +8,10 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition
+from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.services import fleet as fleets
 from airflow_provider_matviews.services.execute_async import AsyncDriver
 from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, NotBegun, Outcome, Selection
@@ -20,9 +21,6 @@ from airflow_provider_matviews.services.migrations import ensure_schema, explain
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.timeouts import Timeouts
-
-if TYPE_CHECKING:
-    from airflow_provider_matviews.hooks.matview import MatViewHook
 
 #: More connections at a time would be a server's trouble rather than a fleet's gain.
 _MOST_AT_ONCE = 100
@@ -55,7 +53,7 @@ class _Slot:
 class FleetRun:
     """Refreshes several views over a hook's connections; see :meth:`MatViewHook.refresh_many`."""
 
-    def __init__(self, hook: MatViewHook, log: Any) -> None:
+    def __init__(self, hook: ServerHook, log: Any) -> None:
         self._hook = hook
         self._log = log
         self._slots: list[_Slot] = []
@@ -220,7 +218,7 @@ class FleetRun:
             self._hook.redact(f"{', and '.join(parts)}. {'; '.join(told)}"),
             failed=failed,
             stopped=stopped,
-            hint="see the table in the log, and the run rows; then run it again: skip_unchanged=True spares the others.",
+            hint="see the table in the log, and the run rows; run again: skip_unchanged=True spares the others.",
         )
         error.result = result
         return error
