@@ -41,6 +41,12 @@ def live() -> Iterator[LiveAirflow]:
         running.hook.install_change_log("logged")
         for view in VIEWS:
             running.hook.refresh(view)
+        # The triggerer takes up watchers some time after it has started.
+        wait_until(
+            lambda: running.database.rows("SELECT FROM pg_stat_activity WHERE application_name = 'matviews'") != [],
+            "somebody watches",
+            60,
+        )
         yield running
 
 
@@ -50,11 +56,13 @@ def _source(view: str) -> sql.Identifier:
 
 def _change(database: Database, view: str, begun: threading.Event | None = None) -> None:
     """Make many changes, each with a COMMIT of its own."""
+    part = sql.SQL("DO $$BEGIN FOR n IN 1..{} LOOP INSERT INTO {} VALUES (n); COMMIT; END LOOP; END$$").format(
+        sql.Literal(CHANGES // 4), _source(view)
+    )
     with database.connect() as connection:
-        insert = sql.SQL("INSERT INTO {} VALUES (1)").format(_source(view))
-        for number in range(CHANGES):
-            connection.execute(insert)
-            if begun is not None and number == CHANGES // 4:
+        for _ in range(4):
+            connection.execute(part)
+            if begun is not None:
                 begun.set()
 
 

@@ -41,11 +41,13 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name)
     dags = _dags()
     assert sorted(dags) == [
+        "matviews_after_refresh",
         "matviews_create",
         "matviews_delete",
         "matviews_drift",
         "matviews_events",
         "matviews_fleet",
+        "matviews_nightly",
         "matviews_refresh",
     ]
     assert {Path(dag.fileloc).name for dag in dags.values()} == {path.name for path in EXAMPLES.glob("*.py")}

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -28,13 +28,13 @@ from psycopg import sql
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import FleetFailed, MatViewError
 from airflow_provider_matviews.hooks.matview import MatViewHook
-from airflow_provider_matviews.services import fleet, sparing, staleness
-from airflow_provider_matviews.services.instructions import Session, Work
+from airflow_provider_matviews.services import staleness
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.staleness import Baseline, Judgement, Look
 from demo.postgres_server import PostgresServer
 from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
-
 
 SILENT = logging.getLogger("tests.fire.silent")
 SILENT.disabled = True
@@ -46,7 +46,7 @@ BURST = (0.05, 0.15)
 LEAST_ROUNDS = 15
 LEAST_SHARE_SKIPPED = 0.1
 #: Seconds within which a test that looks away has to be caught.
-LONGEST_HUNT = 60.0
+LONGEST_HUNT = 180.0
 
 #: Each with the same columns, so that anything may be written to any of them: the kinds of tables that there are.
 AREAS: dict[str, tuple[LiteralString, ...]] = {
@@ -328,8 +328,8 @@ class Place:
         each = sql.SQL(" UNION ALL ").join(
             sql.SQL(
                 "SELECT {name}, (SELECT md5(coalesce(string_agg(v::text, ',' ORDER BY v::text), '')) FROM {view} v), "
-                "(SELECT count(*) FROM ((TABLE {view} EXCEPT ALL ({text})) UNION ALL (({text}) EXCEPT ALL TABLE {view}))"
-                " d)"
+                "(SELECT count(*) FROM (TABLE {view} EXCEPT ALL ({text})) more) + "
+                "(SELECT count(*) FROM (({text}) EXCEPT ALL TABLE {view}) less)"
             ).format(
                 name=sql.Literal(name),
                 view=sql.Identifier(name),
@@ -522,7 +522,7 @@ class Outsider(Actor):
 class Latecomer(Actor):
     """Refreshes from a snapshot that it has taken long before, perhaps in a round before: older rows come back."""
 
-    share = 0.4
+    share = 0.7
 
     def __init__(self, place: Place, name: str) -> None:
         super().__init__(place, name)
@@ -531,10 +531,15 @@ class Latecomer(Actor):
     def step(self) -> None:
         if not self._begun:
             self._begin()
+        if self.dice.random() < 0.5:
+            # Not in this round: the older its snapshot gets, the more has been refreshed since.
+            self.place.over.wait()
+            return
         self.pause(0.08)
         if self.place.over.is_set():
             return
-        refresh_plainly(self)
+        for _ in range(self.dice.randint(1, 5)):
+            refresh_plainly(self)
         self._begun = False
         if self.dice.random() < 0.3:
             prepare(self)
@@ -565,7 +570,7 @@ class Latecomer(Actor):
 
     def be_counted(self) -> None:
         # It has written nothing: what it has refreshed has ended.
-        if not self._begun or self.dice.random() < 0.3:
+        if not self._begun or self.dice.random() < 0.1:
             super().be_counted()
 
 
@@ -638,6 +643,63 @@ def test_what_is_left_alone_is_never_older_than_what_it_reads(capsys: pytest.Cap
     assert skipped >= LEAST_SHARE_SKIPPED * (skipped + updated)
 
 
+def _baseline_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    keep = Ledger.keep_sources
+
+    def keep_late(self: Ledger, definition_id: int, view: ResolvedName, state: Mapping[str, Any]) -> Work[None]:
+        look = (yield from staleness.look_at([view]))[view]
+        yield from keep(self, definition_id, view, {**state, "sources": look.sources, "shape": look.shape})
+
+    monkeypatch.setattr(Ledger, "keep_sources", keep_late)
+
+
+def _refreshes_of_others_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = staleness.judge
+
+    def look_away(look: Look, baseline: Baseline | None, **arguments: Any) -> Judgement:
+        return judge(look if baseline is None else replace(look, version=baseline.version), baseline, **arguments)
+
+    monkeypatch.setattr(staleness, "judge", look_away)
+
+
+def _older_snapshots_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staleness, "_settles", lambda baseline, now: True)
+
+
+def _refreshed_sources_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = staleness.judge
+
+    def look_away(look: Look, baseline: Baseline | None, **arguments: Any) -> Judgement:
+        sources = {} if baseline is None else {name: baseline.sources.get(name, "") for name in VIEWS}
+        kept = {name: sources.get(name, state) for name, state in look.sources.items()}
+        return judge(replace(look, sources=kept), baseline, **arguments)
+
+    monkeypatch.setattr(staleness, "judge", look_away)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        _baseline_after,
+        _refreshes_of_others_passed_over,
+        _older_snapshots_passed_over,
+        _refreshed_sources_passed_over,
+    ],
+)
+def test_the_fire_finds_what_looks_away(
+    mistake: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mistake(monkeypatch)
+    with fire() as (server, figures):
+        burn(server, figures, LONGEST_HUNT, PLACES, enough=lambda: figures.missed > 0)
+    with capsys.disabled():
+        sys.stderr.write(f"\n{mistake.__name__}: {figures}\n")
+    assert figures.missed
+
+
 # What the fire has found, or what was added to it because of what was found beside it.
 
 
@@ -695,7 +757,8 @@ def test_a_partition_that_was_left_half_detached_is_one_that_is_gone(db: Databas
 @pytest.mark.parametrize("way", ["itself", "prepared", "imported"])
 def test_older_rows_that_come_back_are_replaced_however_late_they_come(db: Database, way: str) -> None:
     hook = _quiet(db)
-    db.execute("CREATE TABLE source AS SELECT 1 AS n", "CREATE MATERIALIZED VIEW mv AS TABLE source")
+    db.execute("CREATE TABLE source AS SELECT 1 AS n")
+    hook.create(MatViewDefinition(name="mv", sql="TABLE source"))
     with db.connect() as older, db.connect() as younger:
         older.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
         older.execute("SELECT")
