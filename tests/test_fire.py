@@ -171,6 +171,8 @@ IDLE_CHANGES: tuple[LiteralString, ...] = (
     "ANALYZE {view}",
     "VACUUM {view}",
     "ANALYZE",
+    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+    "WHERE datname = current_database() AND application_name = 'writer {key}'",
 )
 #: From PostgreSQL 18 on.
 VIRTUAL: tuple[LiteralString, ...] = (
@@ -188,8 +190,6 @@ class Figures:
     happened: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     missed: int = 0
-    #: What an actor ended of that is not PostgreSQL's refusal of something.
-    broken: list[BaseException] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, what: str, times: int = 1) -> None:
@@ -283,6 +283,7 @@ class Place:
             actor.be_counted()
         for (gid,) in self.eye.execute("SELECT gid FROM pg_prepared_xacts WHERE database = current_database()"):
             self.eye.execute(sql.SQL("{} PREPARED {}").format(sql.SQL(self._ending()), sql.Literal(gid)))
+        self.prepared.clear()
         self.eye.execute("SELECT pg_stat_force_next_flush()")
         # A session that was closed is counted when its process ends.
         known = [actor.pid for actor in self.actors if actor.pid is not None]
@@ -370,17 +371,13 @@ class Actor:
         while not self.place.over.is_set():
             try:
                 self.step()
-            except (psycopg.Error, MatViewError) as error:
+            except (psycopg.Error, MatViewError):
                 self.place.figures.count(f"refusals of {self.name.split()[0]}s")
-                self.refused(error)
                 with suppress(psycopg.Error):
                     self.roll_back()
 
     def step(self) -> None:
         raise NotImplementedError
-
-    def refused(self, error: Exception) -> None:
-        pass
 
     def roll_back(self) -> None:
         if self._connection is not None:
@@ -390,11 +387,14 @@ class Actor:
         """End what is open, and have all that was written counted."""
         if self._connection is None:
             return
-        self.roll_back()
+        try:
+            self.roll_back()
+            self._connection.execute("SELECT pg_stat_force_next_flush()")
+        except psycopg.OperationalError:
+            # Terminated, and so counted when it ends.
+            self.close()
         if self.dice.random() < 0.1:
             self.close()
-        else:
-            self._connection.execute("SELECT pg_stat_force_next_flush()")
 
     def close(self) -> None:
         if self._connection is not None:

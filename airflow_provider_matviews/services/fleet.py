@@ -297,9 +297,9 @@ def muster(
     unchanged = [judgements[view] for view in order if view not in changing]
     run_ids: Sequence[int | None] = [None] * len(unchanged)
     if not dry_run:
-        for judgement in unchanged:
-            if judgement.settled_at is not None:
-                yield from ledger.settle_sources(definitions[judgement.view.display].id, judgement.settled_at)
+        yield from ledger.settle_sources(
+            {definitions[each.view.display].id: each.settled_at for each in unchanged if each.settled_at is not None}
+        )
         run_ids = yield from _record_skipped(
             ledger, definitions, [(each.view.display, each.reason) for each in unchanged], meta, spared="unchanged"
         )

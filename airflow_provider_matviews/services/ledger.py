@@ -499,14 +499,20 @@ class Ledger:
         )
         return {(row["schema_name"], row["view_name"]): (row["id"], row["source_state"]) for row in rows}
 
-    def settle_sources(self, definition_id: int, at: datetime) -> Work[None]:
-        """Note that no transaction is left that is older than what was kept of a view's sources at a moment."""
+    def settle_sources(self, settled: Mapping[int, datetime]) -> Work[None]:
+        """Note of views that no transaction is left that is older than what was kept of their sources at a moment.
+
+        :param settled: definition id -> that moment.
+        """
+        if not settled:
+            return
         yield from fetch_all(
             sql.SQL(
-                "UPDATE {} SET source_state = source_state || '{{\"open\": []}}' "
-                "WHERE id = %s AND source_state->>'at' = %s"
+                "UPDATE {} d SET source_state = d.source_state || '{{\"open\": []}}' "
+                "FROM unnest(%s::bigint[], %s::text[]) AS settled (id, at) "
+                "WHERE d.id = settled.id AND d.source_state->>'at' = settled.at"
             ).format(self._table("mat_view_definitions")),
-            (definition_id, at.isoformat()),
+            (list(settled), [at.isoformat() for at in settled.values()]),
             Session.RECORD,
         )
 

@@ -73,7 +73,7 @@ def spare(
         if not judgement.stale:
             assert kept is not None
             if settled and kept.open and look.version == kept.version and not report.dry_run:
-                yield from ledger.settle_sources(record.id, kept.at)
+                yield from ledger.settle_sources({record.id: kept.at})
             report.told(reason=judgement.reason, spared="unchanged")
             return True
         yield Note(f"To be refreshed: {judgement.reason}.")
