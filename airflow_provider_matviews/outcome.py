@@ -31,13 +31,13 @@ def summary(response: ServiceResponse, redact: Callable[[str], str] = str) -> di
         dry_run |= {name: [redact(text) for text in facts[name]] for name in ("sql", "then")}
     return {
         "view": facts["view"],
-        "status": response.status,
+        "status": "updated" if facts.get("already") else response.status,
         "strategy": facts["strategy"],
         "row_count_before": facts["row_count_before"],
         "row_count_after": facts["row_count_after"],
         "duration_ms": response.duration_ms,
         "reason": redact(reason) if reason else reason,
-        "mat_view_run_id": response.run_id,
+        "mat_view_run_id": facts.get("already") or response.run_id,
         **({"sources": facts["sources"]} if "sources" in facts else {}),
         # What create found: None where it did not look.
         **({"drift": facts["drift"]} if "drift" in facts else {}),

@@ -91,10 +91,10 @@ def test_a_view_whose_sources_rest_is_left_alone_and_the_record_says_why(db: Dat
         ("CREATE TABLE late () INHERITS (parent)", "late"),
         ("INSERT INTO inner_one VALUES (3)", "inner_one"),
         ("REFRESH MATERIALIZED VIEW below", "below"),
-        ("CREATE OR REPLACE VIEW v AS SELECT -a AS a FROM plain", "a view or a function"),
+        ("CREATE OR REPLACE VIEW v AS SELECT -a AS a FROM plain", "a view, a function or a type"),
         (
             "CREATE OR REPLACE FUNCTION f() RETURNS bigint LANGUAGE sql BEGIN ATOMIC SELECT 1::bigint; END",
-            "a view or a function",
+            "a view, a function or a type",
         ),
         ("SELECT pg_stat_reset()", "counted anew"),
         ("SELECT pg_stat_reset_single_table_counters('plain'::regclass)", None),

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition
+import psycopg
+
+from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, MatViewError
 from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.services import fleet as fleets
 from airflow_provider_matviews.services.execute_async import AsyncDriver
@@ -80,11 +82,12 @@ class FleetRun:
         if isinstance(at_once, bool) or not isinstance(at_once, int) or not 1 <= at_once <= _MOST_AT_ONCE:
             raise InvalidDefinition(f"at_once={at_once!r} is not a number of views from 1 to {_MOST_AT_ONCE}.")
         selection = Selection(views, schemas, exclude, feeds, needs, stale)
-        sparing = Sparing(skip_unchanged, max_staleness, ignore_windows)
+        # Which are stale is asked once, here.
+        sparing = Sparing(skip_unchanged or stale, max_staleness, ignore_windows)
         limits = {name: arguments.pop(name) for name in Timeouts.names() if name in arguments}
         arguments |= {
             "skip_unchanged": skip_unchanged,
-            "max_staleness": max_staleness,
+            "max_staleness": max_staleness if skip_unchanged else None,
             "ignore_windows": ignore_windows,
             "dry_run": dry_run,
             "timeouts": Timeouts(**limits),
@@ -97,7 +100,7 @@ class FleetRun:
             "process": f"{os.getpid()} on {platform.node()}",
         }
         try:
-            fleet = await self._alone(lambda: self._muster(selection, sparing, meta, dry_run))
+            fleet = await self._alone(lambda: self._muster(selection, sparing, meta, arguments, dry_run))
             self._tell_plan(fleet, at_once)
             at_once = min(at_once, max(1, len(fleet.needs) - len(fleet.outcomes)))
 
@@ -106,17 +109,23 @@ class FleetRun:
 
             await fleets.carry_out(fleet, refresh, at_once=at_once, tell=lambda outcome: self._tell(fleet, outcome))
             if not dry_run and fleet.with_status("stopped"):
-                await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, meta))
+                try:
+                    await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, meta))
+                except psycopg.OperationalError as error:
+                    self._log.warning("What was not begun could not be recorded: %s", type(error).__name__)
         finally:
             for slot in self._slots:
                 await slot.driver.close()
         return self._conclude(fleet)
 
-    def _muster(self, selection: Selection, sparing: Sparing, meta: dict[str, Any], dry_run: bool) -> Work[Fleet]:
+    def _muster(
+        self, selection: Selection, sparing: Sparing, meta: dict[str, Any], arguments: dict[str, Any], dry_run: bool
+    ) -> Work[Fleet]:
         ledger = self._hook._ledger
         if not dry_run:
             yield from ensure_schema(ledger.tracking_schema)
-        mustering = fleets.muster(ledger, selection, sparing, meta, dry_run=dry_run)
+        given = arguments.get("session_settings")
+        mustering = fleets.muster(ledger, selection, sparing, meta, given=given, dry_run=dry_run)
         return (yield from explained(ledger.tracking_schema, mustering))
 
     async def _alone(self, make: Any) -> Any:
@@ -152,9 +161,11 @@ class FleetRun:
         try:
             with self._hook._known(slot.driver):
                 response = await slot.driver.run(work)
-        except (Exception, asyncio.CancelledError):
+        except (Exception, asyncio.CancelledError) as error:
             # It may have been stopped, which it remembers.
             await slot.driver.close()
+            if isinstance(error, psycopg.OperationalError) and _had_no_room(error):
+                raise fleets.NoRoom(f"no connection to the server could be opened for it ({error})") from error
             raise
         self._slots.append(slot)
         return response
@@ -222,6 +233,11 @@ class FleetRun:
         )
         error.result = result
         return error
+
+
+def _had_no_room(error: psycopg.OperationalError) -> bool:
+    # A connection that was refused has no SQLSTATE (53300), and the words are the server's own; but nothing had begun.
+    return not isinstance(error, MatViewError) and getattr(error, "response", None) is None and error.sqlstate is None
 
 
 def _levels(fleet: Fleet) -> list[tuple[str, ...]]:

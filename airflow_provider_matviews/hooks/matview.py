@@ -599,7 +599,6 @@ class MatViewHook(ServerHook):
         names = [ViewName.parse(view) for view in views]
 
         def read() -> Work[list[Judgement]]:
-            yield from ensure_schema(self.tracking_schema)
             resolved = []
             for name in names:
                 resolved.append((yield from catalog.resolve(name, session=Session.RECORD)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from airflow.providers.common.compat.sdk import AirflowSkipException, conf
+from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, conf
 
+from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.base import Deferral, HookOperator
 from airflow_provider_matviews.outcome import log_error, unpack_error
 from airflow_provider_matviews.services.fleet import Selection
@@ -137,16 +138,30 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
             raise error
         return self._conclude(context, self._make_hook(context), event["summary"])
 
-    def _conclude(self, context: Context, hook: Any, summary: dict[str, Any]) -> dict[str, Any]:
+    def _conclude(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> dict[str, Any]:
         if self.is_dry_run:
             self.outlets = []
             return summary
         refreshed = [view for view in summary["views"] if view["status"] == "updated"]
         if not refreshed:
             raise AirflowSkipException("None of the views was to be refreshed.")
+        self._tell_outlets(context, hook, summary)
         self._tell_of(context, hook, refreshed)
         self._take_in(hook, refreshed)
         return summary
+
+    def _tell_outlets(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> None:
+        """Give assets among the outlets their extra, and have Airflow tell nobody of a view that was skipped."""
+        views = {hook.asset_uri(view["view"]): view for view in summary["views"]}
+        self.outlets = [
+            outlet
+            for outlet in self.outlets
+            if not isinstance(outlet, Asset) or views.get(outlet.uri, {"status": "updated"})["status"] == "updated"
+        ]
+        counts = {name: value for name, value in summary.items() if name != "views"}
+        for outlet in self.outlets:
+            if isinstance(outlet, Asset):
+                context["outlet_events"][outlet].extra.update(views.get(outlet.uri, counts))
 
     def _arguments(self) -> dict[str, Any]:
         return {

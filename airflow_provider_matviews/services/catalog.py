@@ -307,6 +307,19 @@ def query_of(view: ResolvedName) -> Work[str | None]:
     return None if row is None else str(row["query"])
 
 
+def rule_of(view: ResolvedName) -> Work[str | None]:
+    """Return what changes with a view's stored query, read without any lock on what the query reads; None for none."""
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT w.oid || ':' || w.xmin AS rule FROM pg_catalog.pg_rewrite w "
+            "JOIN pg_catalog.pg_class c ON c.oid = w.ev_class JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
+            "WHERE n.nspname = %s AND c.relname = %s AND w.rulename = '_RETURN'"
+        ),
+        (view.schema, view.name),
+    )
+    return None if row is None else str(row["rule"])
+
+
 def heap_size_of(oid: int) -> Work[int]:
     """Return the bytes that a relation takes with TOAST, without its indexes."""
     row = yield from fetch_one(sql.SQL("SELECT pg_table_size({}::oid) AS size").format(sql.Literal(oid)))

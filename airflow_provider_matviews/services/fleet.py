@@ -6,7 +6,7 @@ Knows no Airflow. The order is the catalog's, with what definitions declare besi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -25,7 +25,7 @@ from airflow_provider_matviews.exceptions import (
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
-from airflow_provider_matviews.services.instructions import Session, Work, fetch_all
+from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.sparing import Sparing
@@ -47,6 +47,10 @@ STATUSES: tuple[Status, ...] = get_args(Status)
 
 class NotBegun(Exception):
     """A view's turn came when it could not be refreshed any more; the message says why."""
+
+
+class NoRoom(Exception):
+    """A view's turn came and the server had no connection left for it; the message is the server's."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,15 @@ class Selection:
         if self.needs:
             chosen |= graph.needed_by(chosen)
         return frozenset(chosen - self._matching(self.exclude, graph, standing))
+
+    def without_effect(self, graph: Graph, standing: Mapping[str, str | None]) -> list[str]:
+        """Return what is worth a warning: patterns and exceptions that mean no view."""
+        return [
+            f"{what}={name!r} means no materialized view; patterns are case-sensitive."
+            for what, names in (("views", self.views), ("exclude", self.exclude))
+            for name in names
+            if not self._matching([name], graph, standing)
+        ]
 
     @staticmethod
     def _matching(names: Sequence[str], graph: Graph, standing: Mapping[str, str | None]) -> set[str]:
@@ -261,21 +274,32 @@ class FleetResponse:
 
 
 def muster(
-    ledger: Ledger, selection: Selection, sparing: Sparing, meta: Mapping[str, Any], *, dry_run: bool = False
+    ledger: Ledger,
+    selection: Selection,
+    sparing: Sparing,
+    meta: Mapping[str, Any],
+    *,
+    given: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
 ) -> Work[Fleet]:
     """Find out which views are to be refreshed and in which order; record those that are left alone.
 
     With ``skip_unchanged`` the views of which nothing has changed, and nothing that they read will be refreshed, are
     skipped here, all by a few statements.
 
-    :param meta: what the run rows of those say beside the reason.
+    :param meta: what the run rows of those say beside the reason, and whose task it is.
+    :param given: the settings of the call, which go before those of a view's definition.
     :param dry_run: record nothing.
-    :raises ViewNotFound: when a name stands for no materialized view.
+    :raises ViewNotFound: when a name stands for no materialized view, or a schema does not exist.
     """
     graph = yield from read_graph(Session.RECORD)
     definitions = yield from _on_record(ledger, dry_run=dry_run)
     graph = _with_declared(graph, definitions)
-    chosen = selection.of(graph, (yield from _standing(selection.exact_names, graph)))
+    yield from _require_schemas(selection.schemas)
+    standing = yield from _standing(selection.exact_names, graph)
+    chosen = selection.of(graph, standing)
+    for note in (*selection.without_effect(graph, standing), *_told_circles(graph, chosen)):
+        yield Note(note, warning=True)
     order = [view for view in graph.order if view in chosen]
     needs = {view: graph.needs_in_order[view] & chosen for view in order}
     if not definitions or not (selection.stale or sparing.skip_unchanged):
@@ -283,7 +307,16 @@ def muster(
     judgements = {
         judgement.view.display: judgement
         for judgement in (
-            yield from judge_views(ledger, [graph.views[view] for view in order], max_staleness=sparing.max_staleness)
+            yield from judge_views(
+                ledger,
+                [graph.views[view] for view in order],
+                max_staleness=sparing.max_staleness,
+                given={
+                    graph.views[view]: {**definitions[view].session_settings, **(given or {})}
+                    for view in order
+                    if view in definitions
+                },
+            )
         )
     }
     # What reads a view that is to be refreshed is looked at when that has ended.
@@ -295,6 +328,12 @@ def muster(
         return Fleet({view: needs[view] & changing for view in order if view in changing}, graph.views, definitions)
     fleet = Fleet(needs, graph.views, definitions)
     unchanged = [judgements[view] for view in order if view not in changing]
+    ids = {definitions[each.view.display].id: each.view.display for each in unchanged}
+    for definition_id, earlier in (yield from ledger.done_by(meta, list(ids))).items():
+        # An earlier try of the task failed or was lost, and what follows it has heard nothing of this one yet.
+        response = ServiceResponse("updated", {}, earlier.facts, earlier.run_id, earlier.duration_ms)
+        fleet.end(Outcome(ids[definition_id], "updated", earlier.facts["reason"], response, earlier.run_id))
+    unchanged = [each for each in unchanged if each.view.display not in fleet.outcomes]
     run_ids: Sequence[int | None] = [None] * len(unchanged)
     if not dry_run:
         yield from ledger.settle_sources(
@@ -306,6 +345,26 @@ def muster(
     for judgement, run_id in zip(unchanged, run_ids, strict=True):
         fleet.end(Outcome(judgement.view.display, "skipped", judgement.reason, None, run_id))
     return fleet
+
+
+def _require_schemas(schemas: Sequence[str]) -> Work[None]:
+    rows = yield from fetch_all(
+        sql.SQL("SELECT nspname::text AS name FROM pg_catalog.pg_namespace WHERE nspname = ANY (%(schemas)s)"),
+        {"schemas": list(schemas)},
+        Session.RECORD,
+    )
+    if missing := sorted(set(schemas) - {row["name"] for row in rows}):
+        raise ViewNotFound(
+            f"There is no schema {', '.join(missing)} in this database.",
+            hint="names in schemas= are exact, without quotes; create it first, or mend the name.",
+        )
+
+
+def _told_circles(graph: Graph, chosen: Collection[str]) -> Iterator[str]:
+    for view, passed_over in sorted(graph.passed_over.items()):
+        for needed in sorted(passed_over.intersection(chosen) if view in chosen else ()):
+            why = "depends_on says so" if needed in graph.declared.get(view, ()) else "which is legal"
+            yield f"{view} and {needed} come after each other in a circle ({why}): {view} does not wait for {needed}."
 
 
 def _on_record(ledger: Ledger, *, dry_run: bool) -> Work[dict[str, DefinitionRecord]]:
@@ -331,14 +390,15 @@ def _standing(names: Sequence[str], graph: Graph) -> Work[dict[str, str | None]]
 def _with_declared(graph: Graph, definitions: Mapping[str, DefinitionRecord]) -> Graph:
     """Return the graph with what definitions say that a view comes after (``depends_on``)."""
     displays = {(view.schema, view.name): display for display, view in graph.views.items()}
-    needs = dict(graph.needs)
+    declared: dict[str, frozenset[str]] = {}
     for name, record in definitions.items():
-        if name not in needs:
+        if name not in graph.needs:
             continue
         parsed = [ViewName.parse(other) for other in record.declaration.get("depends_on", ())]
-        declared = {displays.get((other.schema or "public", other.name)) for other in parsed}
-        needs[name] = needs[name] | frozenset(other for other in declared if other is not None and other != name)
-    return Graph(graph.views, needs, graph.sources)
+        others = {displays.get((other.schema or "public", other.name)) for other in parsed}
+        declared[name] = frozenset(other for other in others if other is not None and other != name) - graph.needs[name]
+    needs = {view: needed | declared.get(view, frozenset()) for view, needed in graph.needs.items()}
+    return Graph(graph.views, needs, graph.sources, declared)
 
 
 def _is_pattern(name: str) -> bool:
@@ -379,10 +439,15 @@ async def carry_out(
                 break
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
+                if isinstance(error := task.exception(), NoRoom) and len(running) > 1:
+                    # There is room again when another one has ended.
+                    fleet.begun.remove(running.pop(task))
+                    at_once = max(1, len(running))
+                    continue
                 outcome = _outcome(running.pop(task), task)
                 fleet.end(outcome)
                 tell(outcome)
-                if isinstance(error := task.exception(), OperationCancelled):
+                if isinstance(error, OperationCancelled):
                     cancelled = error
     except BaseException:
         for task in running:
@@ -407,11 +472,11 @@ def _outcome(view: str, task: asyncio.Task[ServiceResponse]) -> Outcome:
     if error is None:
         response = task.result()
         facts = response.response
-        status: Status = "skipped" if response.status == "skipped" else "updated"
+        status: Status = "skipped" if response.status == "skipped" and not facts.get("already") else "updated"
         return Outcome(view, status, facts.get("stale") or facts.get("reason"), response, response.run_id)
     if not isinstance(error, Exception):
         raise error
-    if isinstance(error, NotBegun):
+    if isinstance(error, (NotBegun, NoRoom)):
         return Outcome(view, "stopped", str(error))
     so_far = getattr(error, "response", None)
     return Outcome(view, "failed", _told(error), so_far, so_far.run_id if so_far else None)

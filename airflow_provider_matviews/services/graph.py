@@ -84,11 +84,13 @@ class Graph:
     :ivar views: where each stands, by name.
     :ivar needs: of each view, those that it reads; through plain views, functions and inheritance.
     :ivar sources: of each view, the tables and foreign tables that it reads in the same ways.
+    :ivar declared: of each view, what is among :attr:`needs` only because people have said so.
     """
 
     views: Mapping[str, ResolvedName]
     needs: Mapping[str, frozenset[str]]
     sources: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    declared: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     @cached_property
     def _sorted(self) -> tuple[tuple[str, ...], dict[str, frozenset[str]]]:
@@ -98,8 +100,11 @@ class Graph:
                 order = tuple(TopologicalSorter(needs).static_order())
             except CycleError as error:
                 circle: list[str] = error.args[1]
-                # Each is needed by the one that follows it. Always the same one, so that people can see it.
-                needer, needed = min(zip(circle[1:], circle[:-1], strict=True))
+                # Each is needed by the one that follows it. What people say goes before what the server knows, and
+                # else always the same one, so that people can see it.
+                edges = sorted(zip(circle[1:], circle[:-1], strict=True))
+                said = [(needer, needed) for needer, needed in edges if needed in self.declared.get(needer, ())]
+                needer, needed = (said or edges)[0]
                 needs[needer].remove(needed)
             else:
                 return order, {view: frozenset(needed) for view, needed in needs.items()}

@@ -143,6 +143,26 @@ class Run:
 
 
 @dataclass(frozen=True)
+class EarlierTry:
+    """A view's refresh by an earlier try of the same task.
+
+    :ivar duration_ms: milliseconds by the worker's monotonic clock.
+    """
+
+    run_id: int
+    duration_ms: int
+    meta: dict[str, Any]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a response says of it. ``already`` is the id of its run."""
+        response = self.meta["response"]
+        told = {name: response.get(name) for name in ("strategy", "row_count_before", "row_count_after", "sources")}
+        reason = f"an earlier try of this task has refreshed it (run {self.run_id}), and nothing has changed since"
+        return {**told, "reason": reason, "already": self.run_id}
+
+
+@dataclass(frozen=True)
 class Ledger:
     """Writes and reads the record in one schema.
 
@@ -489,14 +509,20 @@ class Ledger:
         )
 
     def source_states(self, session: Session) -> Work[dict[tuple[str, str], tuple[int, dict[str, Any] | None]]]:
-        """Return the id and what is kept of its sources for every view on record, by schema and name."""
-        rows = yield from fetch_all(
-            sql.SQL("SELECT id, schema_name, view_name, source_state FROM {}").format(
-                self._table("mat_view_definitions")
-            ),
-            (),
-            session,
-        )
+        """Return the id and what is kept of its sources for every view on record, by schema and name.
+
+        Nothing where there are no tables yet; none are made.
+        """
+        try:
+            rows = yield from fetch_all(
+                sql.SQL("SELECT id, schema_name, view_name, source_state FROM {}").format(
+                    self._table("mat_view_definitions")
+                ),
+                (),
+                session,
+            )
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+            return {}
         return {(row["schema_name"], row["view_name"]): (row["id"], row["source_state"]) for row in rows}
 
     def settle_sources(self, settled: Mapping[int, datetime]) -> Work[None]:
@@ -515,6 +541,25 @@ class Ledger:
             (list(settled), [at.isoformat() for at in settled.values()]),
             Session.RECORD,
         )
+
+    def done_by(self, context: Mapping[str, Any], definition_ids: Sequence[int]) -> Work[dict[int, EarlierTry]]:
+        """Return, of views whose latest refresh was an earlier try of a task's, what came of that.
+
+        :param context: whose task it is; where it is nobody's, nothing is returned.
+        """
+        whose = {key: context.get(key) for key in ("dag_id", "task_id", "run_id", "map_index")}
+        if None in whose.values():
+            return {}
+        rows = yield from fetch_all(
+            sql.SQL(
+                "SELECT r.* FROM unnest(%s::bigint[]) AS wanted (id) CROSS JOIN LATERAL (SELECT id, "
+                "mat_view_definition_id, duration_ms, meta FROM {} WHERE mat_view_definition_id = wanted.id "
+                "AND status = %s AND operation = %s ORDER BY created_at DESC, id DESC LIMIT 1) r WHERE r.meta @> %s"
+            ).format(self._table("mat_view_runs")),
+            (list(definition_ids), RunStatus.SUCCESS, Operation.REFRESH, Jsonb(whose)),
+            Session.RECORD,
+        )
+        return {row["mat_view_definition_id"]: EarlierTry(row["id"], row["duration_ms"], row["meta"]) for row in rows}
 
     def last_filled(self, definition_id: int) -> Work[datetime | None]:
         """Return when a view was last filled, by whichever operation, or None."""

@@ -157,7 +157,14 @@ class Operations:
 
         def service(prepared: Prepared) -> Work[ServiceResponse]:
             spared = yield from spare(
-                prepared.view, prepared.record, self.ledger, prepared.report, sparing, prepared.server.pid
+                prepared.view,
+                prepared.record,
+                self.ledger,
+                prepared.report,
+                sparing,
+                prepared.server.pid,
+                {**prepared.record.session_settings, **(manners.get("session_settings") or {})},
+                self.context,
             )
             if spared:
                 return prepared.report.end("skipped")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from airflow_provider_matviews.definition import check_flag
 from airflow_provider_matviews.exceptions import InvalidDefinition
@@ -47,11 +49,20 @@ class Sparing:
 
 
 def spare(
-    view: ResolvedName, record: DefinitionRecord, ledger: Ledger, report: Report, sparing: Sparing, pid: int
+    view: ResolvedName,
+    record: DefinitionRecord,
+    ledger: Ledger,
+    report: Report,
+    sparing: Sparing,
+    pid: int,
+    given: Mapping[str, Any],
+    context: Mapping[str, Any],
 ) -> Work[bool]:
     """Say whether a view's refresh is spared, with the reason in the report; else note there what it starts from.
 
     :param pid: the server's process that does the operation's work.
+    :param given: the settings under which it would be refreshed.
+    :param context: whose task it is. What an earlier try of the same task has refreshed was refreshed by that task.
     :returns: whether it is spared. Never where the view has not been filled yet, or does not stand.
     """
     kept = None if record.source_state is None else staleness.Baseline.from_dict(record.source_state)
@@ -69,16 +80,20 @@ def spare(
             report.told(reason=reason, spared="window")
             return True
     if sparing.skip_unchanged:
-        judgement = staleness.judge(look, kept, max_staleness=sparing.max_staleness)
+        judgement = staleness.judge(look, kept, max_staleness=sparing.max_staleness, given=given)
         if not judgement.stale:
             assert kept is not None
             if settled and kept.open and look.version == kept.version and not report.dry_run:
                 yield from ledger.settle_sources({record.id: kept.at})
-            report.told(reason=judgement.reason, spared="unchanged")
+            earlier = (yield from ledger.done_by(context, [record.id])).get(record.id)
+            if earlier is not None:
+                report.told(**earlier.facts)
+            else:
+                report.told(reason=judgement.reason, spared="unchanged")
             return True
         yield Note(f"To be refreshed: {judgement.reason}.")
         report.told(stale=judgement.reason)
-    baseline = yield from staleness.baseline_of(look, kept, [pid])
+    baseline = yield from staleness.baseline_of(look, kept, [pid], given)
     report.source_state = baseline.as_dict()
     return False
 

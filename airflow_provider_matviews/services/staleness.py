@@ -6,8 +6,10 @@ later look that finds the same can leave the view alone. What was measured for i
 overlapped): with the look taken before the refresh, in a statement of its own, no committed change was missed and some
 refreshes were needless; with the look taken after, 46 changes were missed.
 
-The counters of a busy session reach others up to 10 s after its COMMIT (PostgreSQL's ``pgstat_report_stat``), so
-"unchanged" may be that old; the look after that sees it.
+A session's counters reach others once it is in no transaction and runs no command: then at once, or, where they have
+been sent less than a second ago, within 10 s (PostgreSQL's ``pgstat_report_stat``). So "unchanged" may be that old, and
+older where a session goes from COMMIT straight into a long transaction; a look after that sees it. Where such a session
+is writing to a source again, which its lock shows, the view does not count as unchanged.
 """
 
 from __future__ import annotations
@@ -31,9 +33,51 @@ _COLUMNS = sql.SQL(
     "WHERE a.attrelid = c.oid AND a.attnum > 0)"
 )
 
+#: Moves with every type and text search configuration of people's own. Of all of the database: which of them a query
+#: shows is written in too many places to follow, and they change seldom.
+_TYPES = sql.SQL(
+    """
+    (SELECT md5(concat_ws(' ',
+        (SELECT string_agg(e.oid || ':' || e.xmin, ' ' ORDER BY e.oid) FROM pg_catalog.pg_enum e),
+        (SELECT string_agg(a.attrelid || ':' || a.attnum || ':' || a.xmin, ' ' ORDER BY a.attrelid, a.attnum)
+         FROM pg_catalog.pg_class c JOIN pg_catalog.pg_attribute a ON a.attrelid = c.oid WHERE c.relkind = 'c'),
+        (SELECT string_agg(d.oid || ':' || d.xmin, ' ' ORDER BY d.oid)
+         FROM pg_catalog.pg_ts_dict d WHERE d.oid >= 16384),
+        (SELECT string_agg(m.mapcfg || ':' || m.maptokentype || ':' || m.mapseqno || ':' || m.xmin, ' '
+                           ORDER BY m.mapcfg, m.maptokentype, m.mapseqno)
+         FROM pg_catalog.pg_ts_config_map m WHERE m.mapcfg >= 16384))))
+    """
+)
+
+#: Settings that a query's result may depend on: how values are read and shown, and where names are looked up.
+_SHOWN = (
+    "timezone",
+    "datestyle",
+    "intervalstyle",
+    "lc_monetary",
+    "lc_numeric",
+    "lc_time",
+    "default_text_search_config",
+    "search_path",
+    "extra_float_digits",
+    "bytea_output",
+    "xmloption",
+    "xmlbinary",
+    "array_nulls",
+)
+_SETTINGS = sql.SQL("concat_ws(' ', {})").format(
+    sql.SQL(", ").join(sql.SQL("current_setting({})").format(sql.Literal(name)) for name in _SHOWN)
+)
+
 _LOOK = sql.SQL(
     """
-    WITH RECURSIVE roots AS (
+    WITH RECURSIVE types AS MATERIALIZED (
+        SELECT {types} AS version
+    ), written AS MATERIALIZED (
+        SELECT DISTINCT l.relation FROM pg_catalog.pg_locks l
+        WHERE l.locktype = 'relation' AND l.granted AND l.mode = 'RowExclusiveLock' AND l.pid <> pg_backend_pid()
+          AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())
+    ), roots AS (
         SELECT c.oid FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         WHERE c.relkind = 'm' AND (%(schemas)s::text[] IS NULL OR (n.nspname::text, c.relname::text) IN
                                    (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[])))
@@ -61,13 +105,15 @@ _LOOK = sql.SQL(
            c.relispopulated AS populated, clock_timestamp() AS at, pg_catalog.pg_current_snapshot()::text AS snapshot,
            current_setting('track_counts')::boolean AS counted,
            -- After a crash the counters begin anew, and so do those of the background writer.
-           concat_ws(' ', pg_catalog.pg_postmaster_start_time(),
-                     pg_catalog.pg_stat_get_db_stat_reset_time(
-                        (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database())),
-                     pg_catalog.pg_stat_get_bgwriter_stat_reset_time()) AS server,
-           (SELECT coalesce(md5(string_agg(concat_ws(':', s.kind, s.oid, s.version), ' ' ORDER BY s.kind, s.oid)), '')
+           concat_ws(' ', extract(epoch FROM pg_catalog.pg_postmaster_start_time()),
+                     extract(epoch FROM pg_catalog.pg_stat_get_db_stat_reset_time(
+                        (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()))),
+                     extract(epoch FROM pg_catalog.pg_stat_get_bgwriter_stat_reset_time())) AS server,
+           {settings} AS settings,
+           (SELECT md5(concat_ws(' ', (SELECT version FROM types),
+                                 string_agg(concat_ws(':', s.kind, s.oid, s.version), ' ' ORDER BY s.kind, s.oid)))
             FROM shapes s WHERE s.root = c.oid) AS shape,
-           relations.sources, relations.opaque, relations.tables
+           relations.sources, relations.opaque, relations.tables, relations.writing
     FROM roots JOIN pg_catalog.pg_class c ON c.oid = roots.oid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
     JOIN LATERAL (
         SELECT coalesce(jsonb_object_agg({display}, CASE
@@ -79,6 +125,8 @@ _LOOK = sql.SQL(
                -- As people name them: a partition is told by the table that it belongs to.
                coalesce(array_agg({display} ORDER BY {display})
                    FILTER (WHERE c.relkind IN ('r', 'p', 'f', 'm') AND NOT c.relispartition), '{{}}') AS tables,
+               coalesce(array_agg({display} ORDER BY {display})
+                   FILTER (WHERE c.relkind = 'r' AND c.oid IN (SELECT relation FROM written)), '{{}}') AS writing,
                coalesce(array_agg(CASE
                    WHEN c.relkind = 'f' THEN 'reads the foreign table '
                    WHEN c.relkind = 'S' THEN 'reads the sequence '
@@ -90,7 +138,7 @@ _LOOK = sql.SQL(
         WHERE r.root = roots.oid AND r.class = 'pg_class'::regclass AND r.object <> roots.oid
     ) relations ON true
     """
-).format(walk=WALK, display=DISPLAY, columns=_COLUMNS)
+).format(walk=WALK, display=DISPLAY, columns=_COLUMNS, types=_TYPES, settings=_SETTINGS)
 
 #: Transactions that were begun already and may hold an older picture of the data than a look that comes before this
 #: (``open``), and what tells whether such a picture is left when those have ended: whether a prepared transaction may
@@ -150,7 +198,9 @@ _MOVING = sql.SQL(
     SELECT 'calls ' || p.oid::regprocedure AS reason
     FROM functions JOIN pg_catalog.pg_proc p ON p.oid = functions.oid
     WHERE p.oid < 16384 AND (p.provolatile = 'v' OR p.provolatile = 's' AND p.proname !~ %(trusted)s
-                             OR p.proname = 'age' AND p.pronargs = 1)
+                             OR p.proname = 'age' AND p.pronargs = 1
+                             -- Where it is summer decides what these mean.
+                             OR p.provolatile = 's' AND 'timetz'::regtype = ANY (p.prorettype || p.proargtypes))
     UNION
     SELECT 'calls ' || p.oid::regprocedure || ', which cannot be seen into'
     FROM functions JOIN pg_catalog.pg_proc p ON p.oid = functions.oid
@@ -172,6 +222,14 @@ _MOVING = sql.SQL(
     FROM texts CROSS JOIN LATERAL regexp_matches(
         tree, '{{(SQLVALUEFUNCTION|NEXTVALUEEXPR|TABLESAMPLECLAUSE|COERCEVIAIO :arg (?:{{RELABELTYPE :arg )?{{CONST) ',
         'g') m
+    UNION
+    SELECT 'shows the name of an object, which may be renamed' FROM texts
+    WHERE tree ~ ':(vartype|resulttype|funcresulttype|opresulttype) (24|2202|2203|2204|2205|2206|4089|4096|4191) '
+    UNION
+    -- As a whole constant, or as a part of one that is a list: now, today, tomorrow, yesterday.
+    SELECT 'reads a constant anew each time (such as ''today''::text::date)' FROM texts
+    WHERE tree ~ ('( 0 0 0|123|44|34) (110 111 119|116 111 100 97 121|116 111 109 111 114 114 111 119|'
+                  '121 101 115 116 101 114 100 97 121) (\\]|125|44|34)')
     ORDER BY 1
     """
 ).format(walk=WALK)
@@ -192,6 +250,9 @@ class Look:
     :ivar sources: name -> what changes with its rows.
     :ivar opaque: what it reads whose changes cannot be seen.
     :ivar tables: names of the tables, foreign tables and materialized views that it reads.
+    :ivar writing: tables among its sources that somebody is writing to. What that session has committed before may not
+        be counted yet: it is so only when the session is in no transaction any more.
+    :ivar settings: of the session, those that a result may depend on.
     """
 
     view: ResolvedName
@@ -207,6 +268,8 @@ class Look:
     sources: Mapping[str, str]
     opaque: tuple[str, ...]
     tables: Sequence[str]
+    writing: Sequence[str]
+    settings: str
 
 
 @dataclass(frozen=True)
@@ -220,6 +283,7 @@ class Baseline:
     :ivar snapshot: what was committed then.
     :ivar moving: why the view's result moves though no source changes.
     :ivar open: transactions that had begun before, and might refresh the view from an older picture.
+    :ivar settings: under which it was refreshed, those that a result may depend on.
     """
 
     at: datetime
@@ -229,6 +293,7 @@ class Baseline:
     sources: Mapping[str, str]
     moving: tuple[str, ...]
     open: tuple[str, ...]
+    settings: str
     oid: int | None = None
     version: str | None = None
     rule: str | None = None
@@ -243,6 +308,7 @@ class Baseline:
             "sources": dict(self.sources),
             "moving": list(self.moving),
             "open": list(self.open),
+            "settings": self.settings,
         }
 
     @classmethod
@@ -256,6 +322,7 @@ class Baseline:
             state["sources"],
             tuple(state["moving"]),
             tuple(state["open"]),
+            state["settings"],
             state["oid"],
             state["version"],
             state["rule"],
@@ -304,13 +371,27 @@ def look_at(views: Sequence[ResolvedName] | None, session: Session = Session.REC
     return looks
 
 
+def settings_of(look: Look, given: Mapping[str, Any]) -> str:
+    """Return the settings that a result may depend on.
+
+    :param given: what the view's definition and the call set for its refresh.
+    """
+    shown = {name.lower(): str(value) for name, value in given.items() if name.lower() in _SHOWN}
+    return f"{look.settings} {sorted(shown.items())}" if shown else look.settings
+
+
 def baseline_of(
-    look: Look, former: Baseline | None, ours: Sequence[int], session: Session = Session.RECORD
+    look: Look,
+    former: Baseline | None,
+    ours: Sequence[int],
+    given: Mapping[str, Any],
+    session: Session = Session.RECORD,
 ) -> Work[Baseline]:
     """Return what is to be kept of a look that comes before a refresh.
 
     :param former: the one that is kept so far: where the query is still the same, it has been read already.
     :param ours: the server's processes that work for this operation.
+    :param given: the settings under which the view is refreshed.
     """
     moving = look.opaque
     if former is not None and (former.shape, former.rule) == (look.shape, look.rule):
@@ -321,7 +402,16 @@ def baseline_of(
         )
         moving += tuple(row["reason"] for row in rows)
     rows = yield from fetch_all(_OPEN, {"ours": list(ours)}, session)
-    return Baseline(look.at, look.snapshot, look.server, look.shape, look.sources, moving, tuple(rows[0]["open"]))
+    return Baseline(
+        look.at,
+        look.snapshot,
+        look.server,
+        look.shape,
+        look.sources,
+        moving,
+        tuple(rows[0]["open"]),
+        settings_of(look, given),
+    )
 
 
 def is_settled(baseline: Baseline, ours: Sequence[int], session: Session = Session.RECORD) -> Work[bool]:
@@ -342,13 +432,20 @@ def _settles(baseline: Baseline, now: Mapping[str, Any]) -> bool:
     )
 
 
-def judge(look: Look, baseline: Baseline | None, *, max_staleness: float | None = None) -> Judgement:
+def judge(
+    look: Look,
+    baseline: Baseline | None,
+    *,
+    max_staleness: float | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Judgement:
     """Say whether a view is older than what it reads.
 
     :param baseline: what is kept of its last refresh; None where nothing is.
     :param max_staleness: seconds that a view may be old whose result moves by itself; None for not at all.
+    :param given: the settings under which it would be refreshed; None: they are not compared.
     """
-    reason = _why_stale(look, baseline, max_staleness)
+    reason = _why_stale(look, baseline, max_staleness, given)
     digest = f"{look.server} {look.rule} {look.shape} {sorted(look.sources.items())} {look.populated}"
     at = None if baseline is None else baseline.at
     moving = look.opaque if baseline is None else baseline.moving
@@ -363,12 +460,14 @@ def judge_views(
     views: Sequence[ResolvedName] | None = None,
     *,
     max_staleness: float | None = None,
+    given: Mapping[ResolvedName, Mapping[str, Any]] | None = None,
     session: Session = Session.RECORD,
 ) -> Work[list[Judgement]]:
     """Say of many views whether they are older than what they read, by three statements. Changes nothing.
 
     :param views: those that do not stand are left out; None for all of the database.
     :param max_staleness: as of :func:`judge`.
+    :param given: of each view, as of :func:`judge`.
     :param session: where; outside of a transaction.
     """
     kept = yield from ledger.source_states(session)
@@ -378,7 +477,8 @@ def judge_views(
     for view, look in (yield from look_at(views, session)).items():
         definition_id, state = kept.get((view.schema, view.name), (None, None))
         baseline = None if state is None else Baseline.from_dict(state)
-        judgement = judge(look, baseline, max_staleness=max_staleness)
+        settings = None if given is None else given.get(view, {})
+        judgement = judge(look, baseline, max_staleness=max_staleness, given=settings)
         settles = (
             baseline is not None
             and bool(baseline.open)
@@ -391,7 +491,9 @@ def judge_views(
     return judgements
 
 
-def _why_stale(look: Look, baseline: Baseline | None, max_staleness: float | None) -> str | None:
+def _why_stale(
+    look: Look, baseline: Baseline | None, max_staleness: float | None, given: Mapping[str, Any] | None
+) -> str | None:
     if not look.populated:
         return "it has never been filled"
     if baseline is None:
@@ -401,7 +503,9 @@ def _why_stale(look: Look, baseline: Baseline | None, max_staleness: float | Non
     if look.server != baseline.server:
         return "the server has counted anew since its last refresh (a restart, or its statistics were reset)"
     if (look.shape, look.rule) != (baseline.shape, baseline.rule):
-        return "its query, or a view or a function that it reads through, has been changed"
+        return "its query, or a view, a function or a type that it reads through, has been changed"
+    if given is not None and settings_of(look, given) != baseline.settings:
+        return "it was refreshed under other settings (such as TimeZone) than it would be now"
     changed = sorted(
         name for name in {*look.sources, *baseline.sources} if look.sources.get(name) != baseline.sources.get(name)
     )
@@ -410,8 +514,12 @@ def _why_stale(look: Look, baseline: Baseline | None, max_staleness: float | Non
         return f"{', '.join(changed[:3])}{more} changed"
     if look.oid != baseline.oid:
         return "it has been made anew since its last refresh"
+    if look.writing:
+        return f"somebody is writing to {look.writing[0]}, and what is committed of it may not be counted yet"
     if look.version != baseline.version and baseline.open:
         return "somebody else refreshed or altered it, and perhaps from an older picture of its sources"
+    if look.version != baseline.version and given is not None and settings_of(look, given) != look.settings:
+        return "somebody else refreshed or altered it, and perhaps under other settings than it is declared with"
     moving = (*look.opaque, *(reason for reason in baseline.moving if reason not in look.opaque))
     if moving:
         told = f"it {moving[0]}" + (f" (and {len(moving) - 1} more)" if len(moving) > 1 else "")

@@ -61,7 +61,8 @@ class Sight:
 
         :param truth: the change log is asked of the tables that are logged, the fingerprints of all others.
         """
-        look, baseline = self.looks[view], self.baselines.get(view)
+        # Who is writing just now is no reason yet: what comes of it is told when it is committed.
+        look, baseline = replace(self.looks[view], writing=()), self.baselines.get(view)
         if truth is Truth.FINGERPRINTS:
             return judge(look, baseline, max_staleness=max_staleness)
         logged = {name: lineage for name in look.sources if (lineage := self.logged(name))}
