@@ -97,6 +97,7 @@ def test_views_are_chosen_by_name_by_pattern_and_by_what_they_read(
         ({"views": ["no such view here"]}, InvalidDefinition, "does not parse"),
         ({"views": ["mv", "absent"]}, ViewNotFound, "absent"),
         ({"views": ["t"]}, ViewNotFound, "t"),
+        ({"schemas": ["analitics"]}, ViewNotFound, "no schema analitics"),
         ({"views": ["*.*"], "at_once": 0}, InvalidDefinition, "at_once=0"),
         ({"views": ["*.*"], "at_once": True}, InvalidDefinition, "at_once=True"),
         ({"views": ["*.*"], "feeds": "yes"}, InvalidDefinition, "feeds"),
@@ -343,6 +344,46 @@ def test_a_task_tells_of_every_view_that_it_refreshed_and_of_no_other(
     ]
     assert {event.extra["status"] for event in events} == {"updated"}
     assert all(event.extra["row_count_after"] == 1 and event.extra["duration_ms"] >= 0 for event in events)
+
+
+def test_a_retry_counts_what_the_tries_before_it_did(db: Database) -> None:
+    db.execute("CREATE TABLE t AS SELECT 0 AS a")
+    db.execute(
+        "CREATE MATERIALIZED VIEW good AS SELECT a FROM t",
+        "CREATE MATERIALIZED VIEW bad AS SELECT 1 / a AS a FROM t WITH NO DATA",
+    )
+    until(db, "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()")
+    whose = {"dag_id": "d", "task_id": "t", "run_id": "r", "map_index": -1}
+    again: dict[str, Any] = {"views": ["*"], "skip_unchanged": True}
+    for attempt in (1, 2):
+        with pytest.raises(FleetFailed) as failed:
+            hook_on(db, context={**whose, "try_number": attempt}).refresh_many(**again)
+        assert failed.value.result is not None
+        assert _views(failed.value.result.outcomes, "updated") == ["good"]
+    assert db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 2") == 1
+    other = hook_on(db, context={**whose, "run_id": "another"}).refresh_many(exclude=["bad"], **again)
+    assert _views(other.outcomes, "skipped") == ["good"]
+
+
+def test_where_the_server_has_no_room_the_others_wait_for_it(db: Database) -> None:
+    _gated(db, 5)
+    role = db.role("LOGIN IN ROLE postgres CONNECTION LIMIT 5")
+    hook = hook_on(db, role)
+    with gate_closed(db) as let_go_on, beside(lambda: hook.refresh_many(["v*"], at_once=5), let_go_on) as all_:
+        until(db, "SELECT count(*) >= 2 FROM pg_locks WHERE objid = 4711 AND NOT granted")
+        let_go_on()
+        assert all_.result().count("updated") == 5
+
+
+def test_what_people_say_wrongly_is_told_and_what_the_server_knows_holds(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="z_base", sql="SELECT 1 AS a", depends_on=["a_top"]))
+    hook.create(MatViewDefinition(name="a_top", sql="SELECT a FROM z_base"))
+    with caplog.at_level("WARNING"):
+        result = hook.refresh_many(["*"], exclude=["typo"])
+    assert [outcome.view for outcome in result.outcomes] == ["z_base", "a_top"]
 
 
 def test_copies_of_one_deferred_fleet_do_each_view_once(db: Database) -> None:

@@ -140,6 +140,10 @@ MOVING: tuple[tuple[LiteralString, str], ...] = (
     ("SELECT a FROM guarded", "row security decides what it sees of guarded"),
     ("SELECT @+ a AS a FROM plain", "calls opaque_of(integer), which cannot be seen into"),
     ("SELECT a FROM far_away", "reads the foreign table far_away"),
+    ("SELECT a::regclass::text AS a FROM (SELECT tableoid::regclass AS a FROM plain) p", "shows the name of an object"),
+    ("SELECT ('{now}'::text[]::timestamptz[])[1] AS a", "reads a constant anew each time"),
+    ("SELECT v::timestamptz AS a FROM (VALUES ('now'::text)) x (v)", "reads a constant anew each time"),
+    ("SELECT t::timetz AS a FROM (SELECT '12:00'::time AS t FROM plain) p", "calls timetz(time without time zone)"),
 )
 
 
@@ -201,6 +205,9 @@ RESTING: tuple[LiteralString, ...] = (
     "to_jsonb(s)",
     "abs(n) + round(n::numeric, 2)",
     "lower(x) LIKE 'a%' AND x ~* 'b'",
+    "CASE x WHEN 'known' THEN 'unknown' WHEN 'nowhere' THEN 'todays' END",
+    "t AT TIME ZONE 'Asia/Tokyo'",
+    "timezone('UTC', t)",
 )
 
 
@@ -274,6 +281,89 @@ def test_once_older_transactions_have_ended_what_others_do_is_no_reason(db: Data
     assert _refresh(hook)[0] == "skipped"
 
 
+def test_a_source_that_somebody_is_writing_to_is_not_believed_to_rest(db: Database) -> None:
+    """A session that goes from COMMIT straight into its next transaction has what it committed counted after that."""
+    _write(db, *ESTATE)
+    hook = hook_on(db)
+    hook.refresh("mv")
+    with db.connect() as writer:
+        # Sent just now, the next counters would wait; and then there is a transaction.
+        writer.execute("INSERT INTO plain VALUES (3)")
+        until(db, "SELECT pg_stat_get_tuples_inserted('plain'::regclass) = 3")
+        hook.refresh("mv")
+        writer.execute("INSERT INTO plain VALUES (4); COMMIT; BEGIN; INSERT INTO plain VALUES (5)")
+        status, why = _refresh(hook)
+        assert (status, "somebody is writing to plain" in why) == ("updated", True)
+        assert db.value("SELECT count(*) FROM mv WHERE a = 4") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER TYPE mood RENAME VALUE 'good' TO 'fine'",
+        "ALTER TYPE mood ADD VALUE 'bad'",
+        "ALTER TYPE place RENAME ATTRIBUTE street TO road",
+        "ALTER TEXT SEARCH CONFIGURATION mine ALTER MAPPING FOR asciiword WITH english_stem",
+    ],
+)
+def test_a_type_that_is_changed_shows_in_what_reads_it(db: Database, change: LiteralString) -> None:
+    _write(
+        db,
+        "CREATE TYPE mood AS ENUM ('good')",
+        "CREATE TYPE place AS (street text)",
+        "CREATE TEXT SEARCH CONFIGURATION mine (COPY = simple)",
+        "CREATE TABLE t AS SELECT 'good'::mood AS m, ROW('x')::place AS p, 'running' AS x",
+        "CREATE MATERIALIZED VIEW mv AS SELECT m::text, to_jsonb(p) AS p, to_tsvector('mine', x) AS v, "
+        "enum_range(NULL::mood)::text AS moods FROM t",
+    )
+    hook = hook_on(db)
+    hook.refresh("mv")
+    assert _refresh(hook)[0] == "skipped"
+    _write(db, change)
+    status, why = _refresh(hook)
+    assert (status, "or a type that it reads through" in why) == ("updated", True)
+
+
+def test_other_settings_are_another_result(db: Database) -> None:
+    _write(db, "CREATE TABLE t AS SELECT '2026-01-01 20:00+00'::timestamptz AS a")
+    tokyo = {"timezone": "Asia/Tokyo"}
+    definition = MatViewDefinition(name="mv", sql="SELECT a::date AS d FROM t", session_settings={"TimeZone": "UTC"})
+    hook = hook_on(db)
+    hook.create(definition)
+    hook.refresh("mv")
+    assert _refresh(hook)[0] == "skipped"
+    assert _refresh(hook, session_settings={"work_mem": "5MB"})[0] == "skipped"
+    status, why = _refresh(hook, session_settings=tokyo)
+    assert (status, "other settings" in why) == ("updated", True)
+    assert hook.refresh_many(["mv"], skip_unchanged=True, session_settings=tokyo).count("skipped") == 1
+    assert hook.refresh_many(["mv"], skip_unchanged=True).count("updated") == 1
+    # Somebody else's refresh knows nothing of them.
+    _write(db, "SET timezone = 'Asia/Tokyo'; REFRESH MATERIALIZED VIEW mv")
+    status, why = _refresh(hook)
+    assert (status, "under other settings" in why) == ("updated", True)
+    assert str(db.value("SELECT d FROM mv")) == "2026-01-01"
+    # How the session of the connection shows times is nothing to what the server has counted.
+    assert "counted anew" not in _refresh(hook_on(db, extra='{"options": "-c timezone=Asia/Tokyo"}'))[1]
+
+
+def test_an_unchanged_view_needs_no_lock_on_what_it_reads(db: Database) -> None:
+    _write(db, *ESTATE)
+    hook = hook_on(db)
+    hook.refresh("mv")
+    with db.connect() as holder:
+        holder.execute("BEGIN")
+        holder.execute("LOCK TABLE plain")
+        assert _refresh(hook, max_wait=0.2, lock_timeout=0.1)[0] == "skipped"
+
+
+def test_to_judge_views_makes_nothing(db: Database) -> None:
+    _write(db, *ESTATE)
+    assert {judgement.reason for judgement in hook_on(db).judge()} == {
+        "what its sources looked like at its last refresh is not known"
+    }
+    assert db.value("SELECT to_regnamespace('matviews')") is None
+
+
 def test_a_server_that_does_not_count_is_not_believed(db: Database) -> None:
     _write(db, *ESTATE)
     hook = hook_on(db)
@@ -291,9 +381,10 @@ def test_what_was_counted_before_a_restart_or_a_crash_is_not_compared(end: Any) 
         hook.refresh("mv")
         if end == "a process killed":
             # All others are ended with it, and the server starts anew under the same start time.
-            with db.connect() as connection, pytest.raises(psycopg.OperationalError):
+            with db.connect() as connection:
                 os.kill(connection.info.backend_pid, signal.SIGKILL)
-                connection.execute("SELECT pg_sleep(60)")
+                with pytest.raises(psycopg.OperationalError):
+                    connection.execute("SELECT pg_sleep(60)")
             _wait_for(db)
         else:
             server.restart(end)
@@ -368,6 +459,32 @@ def test_a_view_is_not_refreshed_sooner_than_its_minimum_interval(db: Database) 
 def test_what_makes_no_sense_is_refused_before_anything_is_touched(db: Database, arguments: dict[str, Any]) -> None:
     with pytest.raises(InvalidDefinition):
         hook_on(db).refresh("mv", **arguments)
+
+
+def test_what_an_earlier_try_of_the_task_refreshed_is_the_tasks_own_doing(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that dies after COMMIT has told nobody: its retry must not find that there was nothing to do."""
+    _write(db, *ESTATE)
+    set_connection(monkeypatch, db)
+    conclude, failed = RefreshMatViewOperator._conclude, []
+
+    def once(self: Any, *arguments: Any) -> Any:
+        if self.task_id not in failed:
+            failed.append(self.task_id)
+            raise RuntimeError("the worker is gone")
+        return conclude(self, *arguments)
+
+    monkeypatch.setattr(RefreshMatViewOperator, "_conclude", once)
+    with DAG("tried_twice", schedule=None) as dag:
+        RefreshMatViewOperator(
+            task_id="refresh", view="mv", skip_unchanged=True, retries=1, retry_delay=timedelta(0)
+        ) >> RefreshMatViewOperator(task_id="after", view="below")
+    run = run_dag(dag)
+    assert failed == ["refresh", "after"] or run.states["refresh"] == "success"
+    assert run.xcom("refresh")["status"] == "updated"
+    assert "an earlier try of this task has refreshed it" in run.xcom("refresh")["reason"]
+    assert [each.status for each in hook_on(db).runs("mv")] == ["skipped", "success"]
 
 
 @pytest.mark.parametrize("deferrable", [False, True])
