@@ -796,6 +796,7 @@ def _command(database: Database, *arguments: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.e2e
 def test_one_command_adopts_a_schema(db: Database, tmp_path: Path) -> None:
     db.execute("CREATE SCHEMA s", "CREATE MATERIALIZED VIEW s.mv AS SELECT 1 AS a WITH NO DATA")
     first = _command(db, "--schema", "s", "--to", str(tmp_path / "views"))

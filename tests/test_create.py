@@ -134,6 +134,7 @@ def _rows(database: Database, view: str) -> list[tuple[Any, ...]]:
         return sorted(connection.execute(sql.SQL("TABLE {}").format(identifier)).fetchall(), key=repr)
 
 
+@pytest.mark.e2e
 def test_any_legal_name_is_created_refreshed_recorded_and_dropped(each_db: Database) -> None:
     hook = hook_on(each_db)
     each_db.execute("CREATE SCHEMA other", 'CREATE SCHEMA "Other Schema"', 'CREATE SCHEMA "a.b"')
@@ -737,6 +738,7 @@ def _with_roles(text: str, role: str, declared: str) -> str:
     return text.replace("{role}", role).replace("{declared}", declared)
 
 
+@pytest.mark.e2e
 def test_whatever_is_attached_by_hand_stays_with_a_view_that_is_replaced(each_db: Database) -> None:
     hook, role, declared = hook_on(each_db), each_db.role(), each_db.role()
     definition = MatViewDefinition(

@@ -766,6 +766,7 @@ def _require_same(db: Database, runs: list[DagRun], tasks: list[str]) -> None:
     }
 
 
+@pytest.mark.e2e
 def test_create_and_refresh_leave_the_same_in_both_modes(db: Database) -> None:
     db.execute("CREATE TABLE t AS SELECT generate_series(1, 3) AS id")
     declared = MatViewDefinition(

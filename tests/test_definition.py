@@ -147,7 +147,7 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
 
 
 @given(_definitions())
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_definition_survives_json_pickle_and_copying(definition: MatViewDefinition) -> None:
     assert MatViewDefinition.from_dict(json.loads(json.dumps(definition.to_dict()))) == definition
     assert pickle.loads(pickle.dumps(definition)) == definition
@@ -156,7 +156,7 @@ def test_a_definition_survives_json_pickle_and_copying(definition: MatViewDefini
 
 
 @given(_definitions().filter(lambda definition: definition.sql == definition.sql.strip()))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_definition_survives_a_file_whose_header_is_one_comment(definition: MatViewDefinition) -> None:
     text = definition.to_sql()
     assert MatViewDefinition.from_sql(text) == definition

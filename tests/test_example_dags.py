@@ -54,6 +54,7 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
     assert all(dag.doc_md for dag in dags.values())
 
 
+@pytest.mark.e2e
 def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     set_connection(monkeypatch, warehouse, conn_id="warehouse")
     dags = _dags()

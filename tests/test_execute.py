@@ -218,8 +218,8 @@ def _served(eye: psycopg.Connection[Any]) -> int | None:
 
 @pytest.mark.parametrize(
     "deed",
-    # A replacement has many statements.
-    [pytest.param(deed, marks=pytest.mark.e2e) if deed == "replace" else deed for deed in DEEDS],
+    # To create and to replace take many statements.
+    [pytest.param(deed, marks=pytest.mark.e2e) if deed in ("create", "replace") else deed for deed in DEEDS],
 )
 @pytest.mark.parametrize(
     ("disturb", "error"),

@@ -132,7 +132,7 @@ def _served(eye: psycopg.Connection[Any]) -> int | None:
 @pytest.mark.parametrize(
     ("deed", "from_outside"),
     [
-        ("create", False),
+        pytest.param("create", False, marks=pytest.mark.e2e),
         pytest.param("replace", True, marks=pytest.mark.e2e),
         ("refresh", True),
         ("refresh", False),
@@ -298,6 +298,7 @@ def roomy() -> Iterator[Database]:
         yield Database(server, "postgres")
 
 
+@pytest.mark.e2e
 def test_hundreds_of_refreshes_run_at_once_without_a_thread_each_and_with_one_connection_each(roomy: Database) -> None:
     views = 200
     roomy.execute(GATE)

@@ -84,8 +84,11 @@ class Scene:
 
 @pytest.mark.parametrize(
     "deed",
-    # A replacement has many statements.
-    [pytest.param(deed, marks=pytest.mark.e2e) if deed == "replace" else deed for deed in (*BUILDS, *DROPS)],
+    # To create and to replace take many statements.
+    [
+        pytest.param(deed, marks=pytest.mark.e2e) if deed in ("create", "replace") else deed
+        for deed in (*BUILDS, *DROPS)
+    ],
 )
 def test_a_kill_at_any_statement_leaves_all_of_the_operation_or_nothing(
     db: Database, killing: Gallows, deed: Deed

@@ -153,6 +153,7 @@ def changes(draw: st.DrawFn, roles: Sequence[str]) -> tuple[MatViewDefinition, M
     return draw(definitions(roles, shape)), draw(definitions(roles, other))
 
 
+@pytest.mark.e2e
 def test_after_any_definition_was_applied_over_any_other_nothing_is_left_to_do(db: Database) -> None:
     hook, roles = hook_on(db), [db.role(), db.role()]
     db.execute(SOURCE)

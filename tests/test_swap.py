@@ -225,6 +225,7 @@ NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 )
 
 
+@pytest.mark.e2e
 def test_any_mixture_of_attributes_survives_a_swap(db: Database) -> None:
     role = db.role()
     db.execute(SOURCE, f"GRANT CREATE, USAGE ON SCHEMA public TO {role}", f"GRANT SELECT ON source TO {role}")
@@ -487,6 +488,7 @@ def swap_killed_after(database: Database, steps: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.e2e
 def test_a_swap_killed_at_any_step_leaves_the_old_view_and_nothing_beside_it(db: Database) -> None:
     db.execute(SOURCE, "CREATE MATERIALIZED VIEW mv AS SELECT * FROM source", "CREATE UNIQUE INDEX mv_key ON mv (id)")
     db.execute("CREATE STATISTICS mv_stat ON a, b FROM mv", "CREATE VIEW dep AS SELECT * FROM mv")
