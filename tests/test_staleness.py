@@ -141,7 +141,7 @@ MOVING: tuple[tuple[LiteralString, str], ...] = (
     ("SELECT @+ a AS a FROM plain", "calls opaque_of(integer), which cannot be seen into"),
     ("SELECT a FROM far_away", "reads the foreign table far_away"),
     ("SELECT a::regclass::text AS a FROM (SELECT tableoid::regclass AS a FROM plain) p", "shows the name of an object"),
-    ("SELECT ('{now}'::text[]::timestamptz[])[1] AS a", "reads a constant anew each time"),
+    ("SELECT ('{today}'::text[]::timestamptz[])[1] AS a", "reads a constant anew each time"),
     ("SELECT v::timestamptz AS a FROM (VALUES ('now'::text)) x (v)", "reads a constant anew each time"),
     ("SELECT t::timetz AS a FROM (SELECT '12:00'::time AS t FROM plain) p", "calls timetz(time without time zone)"),
 )

@@ -229,7 +229,7 @@ _MOVING = sql.SQL(
     -- As a whole constant, or as a part of one that is a list: now, today, tomorrow, yesterday.
     SELECT 'reads a constant anew each time (such as ''today''::text::date)' FROM texts
     WHERE tree ~ ('( 0 0 0|123|44|34) (110 111 119|116 111 100 97 121|116 111 109 111 114 114 111 119|'
-                  '121 101 115 116 101 114 100 97 121) (\\]|125|44|34)')
+                  '121 101 115 116 101 114 100 97 121) (\\]|125|44|34|0 0 0)')
     ORDER BY 1
     """
 ).format(walk=WALK)
