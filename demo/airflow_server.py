@@ -155,6 +155,8 @@ class AirflowServer:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
             "AIRFLOW_HOME": str(self._home),
+            # What is kept from one reading of the DAG files to the next goes with it.
+            "TMPDIR": str(self._home),
             "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{self._home / 'airflow.db'}",
             "AIRFLOW__CORE__DAGS_FOLDER": str(dags),
             "AIRFLOW__CORE__LOAD_EXAMPLES": "False",

@@ -17,6 +17,10 @@ _MEMORY = Path("/dev/shm")
 if _MEMORY.is_dir() and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 * 1024**3:
     tempfile.tempdir = str(_MEMORY)
 
+# What anything leaves there goes with the tests.
+tempfile.tempdir = tempfile.mkdtemp(prefix="matviews-tests-")
+atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
+
 # Before anything of Airflow is imported: it reads its home and its database when it loads.
 _AIRFLOW_HOME = tempfile.mkdtemp(prefix="matviews-tests-airflow-")
 atexit.register(shutil.rmtree, _AIRFLOW_HOME, ignore_errors=True)

@@ -370,9 +370,16 @@ def test_where_the_server_has_no_room_the_others_wait_for_it(db: Database) -> No
     role = db.role("LOGIN IN ROLE postgres CONNECTION LIMIT 5")
     hook = hook_on(db, role)
     with gate_closed(db) as let_go_on, beside(lambda: hook.refresh_many(["v*"], at_once=5), let_go_on) as all_:
-        until(db, "SELECT count(*) >= 2 FROM pg_locks WHERE objid = 4711 AND NOT granted")
+        until(db, "SELECT count(*) >= 1 FROM pg_locks WHERE objid = 4711 AND NOT granted")
         let_go_on()
         assert all_.result().count("updated") == 5
+    # With none at all it is told, and on record as soon as there is one again.
+    with db.connect() as connection:
+        connection.execute(sql.SQL("ALTER ROLE {} CONNECTION LIMIT 1").format(sql.Identifier(role)))
+    with pytest.raises(FleetFailed, match="5 of 5 views were left as they are") as failed:
+        hook.refresh_many(["v*"])
+    assert sorted(failed.value.stopped) == [f"v{number}" for number in range(5)]
+    assert db.value("SELECT count(*) FROM matviews.mat_view_runs WHERE status = 4") == 5
 
 
 def test_what_people_say_wrongly_is_told_and_what_the_server_knows_holds(

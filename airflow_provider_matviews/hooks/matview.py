@@ -185,7 +185,8 @@ class MatViewHook(ServerHook):
         :param analyze: whether the planner's statistics are renewed; None leaves it to the strategy.
         :param vacuum: VACUUM after COMMIT, which lets index-only scans skip the heap.
         :param skip_unchanged: leave it alone where nothing that it reads has changed since its last refresh by us. A
-            change may be seen up to 10 s after its COMMIT, by the next refresh then. Refreshed all the same are views
+            change may be seen late, mostly within 10 s of its COMMIT (see ``services/staleness.py``), by the next
+            refresh then. Refreshed all the same are views
             whose result may move by itself: the clock, random values, foreign tables, functions that cannot be seen
             into.
         :param max_staleness: seconds after which such a view is refreshed; until then it is left alone, too.
@@ -590,7 +591,7 @@ class MatViewHook(ServerHook):
     def judge(self, *views: str, max_staleness: float | None = None) -> list[Judgement]:
         """Say of views whether they are older than what they read, and why. Nothing is refreshed or recorded.
 
-        A change may be seen up to 10 s after its COMMIT.
+        A change may be seen late, mostly within 10 s of its COMMIT (see ``services/staleness.py``).
 
         :param views: their names; none for all of the database.
         :param max_staleness: seconds that a view may be old whose result may move by itself; None for not at all.

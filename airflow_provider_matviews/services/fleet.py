@@ -32,6 +32,8 @@ from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.services.staleness import judge_views
 
 _WILD = frozenset("*?[")
+#: Seconds before a view is tried again for which the server had no connection, though no other one of ours had any.
+_AGAIN_AFTER = (0.1, 0.3, 1.0, 2.0, 4.0)
 _STANDING = sql.SQL(
     """
     SELECT given.name, n.nspname::text AS schema, c.relname::text AS relation
@@ -424,6 +426,8 @@ async def carry_out(
     """
     running: dict[asyncio.Task[ServiceResponse], str] = {}
     cancelled: OperationCancelled | None = None
+    #: How often the server had no room though nothing of ours ran.
+    refused = 0
     try:
         while True:
             while cancelled is None and (turn := _turn(fleet, len(running) < at_once)) is not None:
@@ -439,10 +443,13 @@ async def carry_out(
                 break
             done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if isinstance(error := task.exception(), NoRoom) and len(running) > 1:
-                    # There is room again when another one has ended.
+                if isinstance(error := task.exception(), NoRoom) and (len(running) > 1 or refused < len(_AGAIN_AFTER)):
+                    # There is room again when another one of ours has ended, or of others.
                     fleet.begun.remove(running.pop(task))
-                    at_once = max(1, len(running))
+                    at_once = max(1, at_once - 1)
+                    if not running:
+                        await asyncio.sleep(_AGAIN_AFTER[refused])
+                        refused += 1
                     continue
                 outcome = _outcome(running.pop(task), task)
                 fleet.end(outcome)
