@@ -157,6 +157,22 @@ def test_a_second_installation_mends_what_is_missing_and_leaves_the_rest(estate:
     assert judge(estate, "mv").stale
 
 
+def test_what_is_logged_needs_no_counters_but_its_columns_still_count(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE source (a integer)",
+        "CREATE TABLE empty ()",
+        "CREATE MATERIALIZED VIEW below AS SELECT a FROM source",
+        "CREATE MATERIALIZED VIEW mv AS SELECT to_jsonb(s) AS s, below.a FROM source s, below, empty",
+    )
+    hook = hook_on(db)
+    hook.install_change_log("mv")
+    hook.refresh("mv")
+    db.execute("SELECT pg_stat_reset()")
+    assert not judge(db, "mv").stale
+    db.execute("ALTER TABLE source ADD COLUMN b integer")
+    assert judge(db, "mv").reason == "source changed"
+
+
 def test_a_source_that_is_not_logged_is_judged_by_its_counters(db: Database) -> None:
     db.execute(*ESTATE)
     hook = hook_on(db)

@@ -29,7 +29,8 @@ from airflow_provider_matviews.services.ledger import Ledger
 #: Moves with the columns of a relation ``c``, which show where a whole row is read, and with the expressions of those
 #: that are computed as they are read.
 _COLUMNS = sql.SQL(
-    "(SELECT md5(string_agg(a.attnum || ':' || a.xmin, ' ' ORDER BY a.attnum)) FROM pg_catalog.pg_attribute a "
+    "(SELECT coalesce(md5(string_agg(a.attnum || ':' || a.xmin, ' ' ORDER BY a.attnum)), '') "
+    "FROM pg_catalog.pg_attribute a "
     "WHERE a.attrelid = c.oid AND a.attnum > 0)"
 )
 

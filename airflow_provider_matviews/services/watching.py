@@ -69,7 +69,6 @@ class Sight:
         masked = _without_counters(look, logged)
         judgement = judge(masked, baseline and _without_counters(baseline, logged), max_staleness=max_staleness)
         latest = sorted({(table.oid, table.latest) for lineage in logged.values() for table in lineage})
-        latest = sorted({(table.oid, table.latest) for lineage in logged.values() for table in lineage})
         judgement = replace(judgement, digest=f"{judgement.digest} {latest}")
         changes = self._changes(view)
         if not changes or not look.populated:
@@ -143,12 +142,14 @@ def _without_counters(state: _S, logged: Collection[str]) -> _S:
 
 
 def _file(source: str) -> str:
-    return ":".join(source.split(":")[:2])
+    """Return what is known of a table but for its counters: its OID, its file and its columns."""
+    oid, file, *_, columns = source.split(":")
+    return f"{oid}:{file}:{columns}"
 
 
 def _is_counted(source: str) -> bool:
-    # A materialized view has its row's version in place of three counters.
-    return source.count(":") > 2
+    # OID, file, three counters and columns. A materialized view has its row's version in place of the counters.
+    return source.count(":") == 5
 
 
 def see(
