@@ -356,6 +356,15 @@ def test_an_unchanged_view_needs_no_lock_on_what_it_reads(db: Database) -> None:
         assert _refresh(hook, max_wait=0.2, lock_timeout=0.1)[0] == "skipped"
 
 
+def test_what_an_earlier_version_kept_is_not_compared(db: Database) -> None:
+    _write(db, *ESTATE)
+    hook = hook_on(db)
+    hook.refresh("mv")
+    db.execute("UPDATE matviews.mat_view_definitions SET source_state = source_state - 'settings'")
+    assert _refresh(hook) == ("updated", "what its sources looked like at its last refresh is not known")
+    assert _refresh(hook)[0] == "skipped"
+
+
 def test_to_judge_views_makes_nothing(db: Database) -> None:
     _write(db, *ESTATE)
     assert {judgement.reason for judgement in hook_on(db).judge()} == {

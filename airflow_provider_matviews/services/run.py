@@ -400,7 +400,7 @@ def _record_of(
 ) -> Work[DefinitionRecord]:
     if known is not None and (known.declaration or subject.definition is not None):
         return known
-    if known is not None and known.source_state and (yield from catalog.rule_of(view)) == known.source_state["rule"]:
+    if known is not None and known.source_state and (yield from catalog.rule_of(view)) == known.source_state.get("rule"):
         return known
     # Reading a view's query locks it for a moment, which somebody else's REFRESH may keep from us.
     query = yield from politely(view, patience, lambda: catalog.query_of(view))

@@ -65,7 +65,7 @@ def spare(
     :param context: whose task it is. What an earlier try of the same task has refreshed was refreshed by that task.
     :returns: whether it is spared. Never where the view has not been filled yet, or does not stand.
     """
-    kept = None if record.source_state is None else staleness.Baseline.from_dict(record.source_state)
+    kept = staleness.Baseline.of(record.source_state)
     # Before the look: whoever is gone by then cannot have changed the view unseen after it.
     settled = kept is not None and (yield from staleness.is_settled(kept, [pid]))
     look = (yield from staleness.look_at([view])).get(view)

@@ -15,7 +15,7 @@ is writing to a source again, which its lock shows, the view does not count as u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from typing import Any
 
@@ -313,21 +313,16 @@ class Baseline:
         }
 
     @classmethod
-    def from_dict(cls, state: Mapping[str, Any]) -> Baseline:
-        """Read what :meth:`as_dict` wrote, with ``oid``, ``version`` and ``rule`` added."""
-        return cls(
-            datetime.fromisoformat(state["at"]),
-            state["snapshot"],
-            state["server"],
-            state["shape"],
-            state["sources"],
-            tuple(state["moving"]),
-            tuple(state["open"]),
-            state["settings"],
-            state["oid"],
-            state["version"],
-            state["rule"],
-        )
+    def of(cls, state: Mapping[str, Any] | None) -> Baseline | None:
+        """Read what :meth:`as_dict` wrote, with ``oid``, ``version`` and ``rule`` added.
+
+        :returns: None where there is nothing, or what another version of this package wrote that knew less.
+        """
+        if state is None or not {each.name for each in fields(cls)} <= state.keys():
+            return None
+        known = {each.name: state[each.name] for each in fields(cls)}
+        known |= {name: tuple(known[name]) for name in ("moving", "open")}
+        return cls(**{**known, "at": datetime.fromisoformat(state["at"])})
 
 
 @dataclass(frozen=True)
@@ -477,7 +472,7 @@ def judge_views(
     judgements = []
     for view, look in (yield from look_at(views, session)).items():
         definition_id, state = kept.get((view.schema, view.name), (None, None))
-        baseline = None if state is None else Baseline.from_dict(state)
+        baseline = Baseline.of(state)
         settings = None if given is None else given.get(view, {})
         judgement = judge(look, baseline, max_staleness=max_staleness, given=settings)
         settles = (

@@ -173,8 +173,8 @@ def see(
     baselines = {}
     for view in looks:
         _, state = kept.get((view.schema, view.name), (None, None))
-        if state is not None:
-            baselines[view] = Baseline.from_dict(state)
+        if (baseline := Baseline.of(state)) is not None:
+            baselines[view] = baseline
     sight = Sight(
         looks,
         baselines,
