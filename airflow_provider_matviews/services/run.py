@@ -400,8 +400,11 @@ def _record_of(
 ) -> Work[DefinitionRecord]:
     if known is not None and (known.declaration or subject.definition is not None):
         return known
-    if known is not None and known.source_state and (yield from catalog.rule_of(view)) == known.source_state.get("rule"):
-        return known
+    if known is not None and known.source_state:
+        rule = yield from catalog.rule_of(view)
+        if rule is not None and rule == known.source_state.get("rule"):
+            # What was read of it then is what it still says.
+            return known
     # Reading a view's query locks it for a moment, which somebody else's REFRESH may keep from us.
     query = yield from politely(view, patience, lambda: catalog.query_of(view))
     return (yield from ledger.adopt(view, known, query))
