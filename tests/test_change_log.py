@@ -90,7 +90,8 @@ CHANGES: dict[LiteralString, set[str]] = {
     "INSERT INTO child VALUES (1, 1)": {"of_child"},
     # What no trigger sees.
     "DROP VIEW simple; ALTER TABLE plain ALTER value TYPE text": {"mv"},
-    "ALTER TABLE parted DETACH PARTITION part": {"mv"},
+    # The partition's own columns are written anew: a needless refresh of what reads nothing else.
+    "ALTER TABLE parted DETACH PARTITION part": {"mv", "of_part"},
     "CREATE OR REPLACE VIEW between AS SELECT id FROM plain": {"mv"},
 }
 

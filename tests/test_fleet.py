@@ -365,7 +365,7 @@ def test_a_retry_counts_what_the_tries_before_it_did(db: Database) -> None:
     assert _views(other.outcomes, "skipped") == ["good"]
 
 
-def test_where_the_server_has_no_room_the_others_wait_for_it(db: Database) -> None:
+def test_where_the_server_has_no_room_the_others_wait_for_it(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     _gated(db, 5)
     role = db.role("LOGIN IN ROLE postgres CONNECTION LIMIT 5")
     hook = hook_on(db, role)
@@ -373,6 +373,7 @@ def test_where_the_server_has_no_room_the_others_wait_for_it(db: Database) -> No
         until(db, "SELECT count(*) >= 1 FROM pg_locks WHERE objid = 4711 AND NOT granted")
         let_go_on()
         assert all_.result().count("updated") == 5
+    monkeypatch.setattr("airflow_provider_matviews.services.fleet._AGAIN_AFTER", (0.05, 0.1))
     # With none at all it is told, and on record as soon as there is one again.
     with db.connect() as connection:
         connection.execute(sql.SQL("ALTER ROLE {} CONNECTION LIMIT 1").format(sql.Identifier(role)))

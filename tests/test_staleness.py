@@ -289,6 +289,7 @@ def test_a_source_that_somebody_is_writing_to_is_not_believed_to_rest(db: Databa
     with db.connect() as writer:
         # Sent just now, the next counters would wait; and then there is a transaction.
         writer.execute("INSERT INTO plain VALUES (3)")
+        writer.execute("SELECT pg_stat_force_next_flush()")
         until(db, "SELECT pg_stat_get_tuples_inserted('plain'::regclass) = 3")
         hook.refresh("mv")
         writer.execute("INSERT INTO plain VALUES (4); COMMIT; BEGIN; INSERT INTO plain VALUES (5)")
