@@ -19,10 +19,10 @@ from collections.abc import Callable
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
 
 import psycopg
-from airflow.sdk import Connection
 
 from airflow_provider_matviews.definition import Index, MatViewDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from benchmarks.connecting import hook_on
 from benchmarks.readers import Readers
 from demo.postgres_server import PostgresServer, find_installations
 
@@ -111,10 +111,7 @@ def main() -> None:
     installations = find_installations()
     settings = {"max_wal_size": "4GB"}
     with PostgresServer(bin_dir=installations[max(installations)], durable=True, settings=settings) as server:
-        connection = Connection(
-            conn_id="views", conn_type="postgres", host="127.0.0.1", port=server.port, login="postgres"
-        )
-        hook = MatViewHook(postgres_conn_id="views", connection=connection)
+        hook = hook_on(server)
         with psycopg.connect(server.dsn(), autocommit=True) as session:
             session.execute("SELECT setseed(0.5)")
             session.execute(

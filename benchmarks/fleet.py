@@ -33,10 +33,10 @@ from pathlib import Path
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
 
 import psycopg
-from airflow.sdk import Connection
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.fleet import FleetResponse
+from benchmarks.connecting import hook_on
 from demo.postgres_server import PostgresServer, find_installations
 
 TABLES = 10
@@ -334,16 +334,7 @@ def main() -> None:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             prepare(connection, arguments.rows)
             ((size,),) = connection.execute("SELECT pg_size_pretty(pg_database_size(current_database()))").fetchall()
-        hook = MatViewHook(
-            connection=Connection(
-                conn_id="views",
-                conn_type="postgres",
-                host="127.0.0.1",
-                port=server.port,
-                login="postgres",
-                schema="postgres",
-            )
-        )
+        hook = hook_on(server)
         hook.runs()
         dbt = Dbt.install(Path(folder), server.port, arguments.dbt)
         print(

@@ -17,9 +17,8 @@ from collections.abc import Callable
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "WARNING"
 
 import psycopg
-from airflow.sdk import Connection
 
-from airflow_provider_matviews.hooks.matview import MatViewHook
+from benchmarks.connecting import hook_on
 from demo.postgres_server import PostgresServer, find_installations
 
 
@@ -38,16 +37,7 @@ def _bare(dsn: str, view: str, connections: int) -> None:
 
 def compare(server: PostgresServer, view: str, rounds: int) -> None:
     """Print the medians of both ways on one view, their difference and their ratio."""
-    hook = MatViewHook(
-        connection=Connection(
-            conn_id="views",
-            conn_type="postgres",
-            host="127.0.0.1",
-            port=server.port,
-            login="postgres",
-            schema="postgres",
-        )
-    )
+    hook = hook_on(server)
     ways: dict[str, Callable[[], object]] = {
         "bare REFRESH, one connection": lambda: _bare(server.dsn(), view, 1),
         "bare REFRESH, two connections": lambda: _bare(server.dsn(), view, 2),

@@ -18,9 +18,9 @@ import time
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
 
 import psycopg
-from airflow.sdk import Connection
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from benchmarks.connecting import hook_on
 from benchmarks.readers import Readers
 from demo.postgres_server import PostgresServer, find_installations
 
@@ -112,16 +112,7 @@ def main() -> None:
     ) as server:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             prepare(connection)
-        hook = MatViewHook(
-            connection=Connection(
-                conn_id="views",
-                conn_type="postgres",
-                host="127.0.0.1",
-                port=server.port,
-                login="postgres",
-                schema="postgres",
-            )
-        )
+        hook = hook_on(server)
         hook.runs()
         print(f"PostgreSQL {server.major}, durable, loopback, {os.cpu_count()} cores")
         compare(server, hook, arguments.rounds)

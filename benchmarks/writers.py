@@ -24,13 +24,13 @@ from pathlib import Path
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "WARNING"
 
 import psycopg
-from airflow.sdk import Connection
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import watching
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.ledger import Ledger
+from benchmarks.connecting import hook_on
 from demo.postgres_server import PostgresServer, find_installations
 
 #: Debian installs it there; it need not be on PATH.
@@ -138,16 +138,7 @@ def main() -> None:
         with psycopg.connect(server.dsn(), autocommit=True) as connection:
             for statement in SET_UP:
                 connection.execute(statement)  # type: ignore[arg-type]
-        hook = MatViewHook(
-            connection=Connection(
-                conn_id="views",
-                conn_type="postgres",
-                host="127.0.0.1",
-                port=server.port,
-                login="postgres",
-                schema="postgres",
-            )
-        )
+        hook = hook_on(server)
         hook.refresh("total", refresh_strategy="regular")
         for name, text in SCRIPTS.items():
             script = Path(folder) / "script.sql"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.run import Terms
 from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -94,13 +93,13 @@ class FleetRun:
         }
         # Refused here, once, and not by every view.
         (await self._hook._aside(lambda: self._hook._operations_for(None).refresh("checked", **arguments))).close()
-        meta = {
-            "request": {"skip_unchanged": skip_unchanged, "max_staleness": max_staleness},
-            **self._hook.context,
-            "process": f"{os.getpid()} on {platform.node()}",
-        }
+        terms = Terms(
+            request={"skip_unchanged": skip_unchanged, "max_staleness": max_staleness},
+            context=self._hook.context,
+            session_settings=dict(arguments.get("session_settings") or {}),
+        )
         try:
-            fleet = await self._alone(lambda: self._muster(selection, sparing, meta, arguments, dry_run))
+            fleet = await self._alone(lambda: self._muster(selection, sparing, terms, dry_run))
             self._tell_plan(fleet, at_once)
             at_once = min(at_once, max(1, len(fleet.needs) - len(fleet.outcomes)))
 
@@ -110,7 +109,7 @@ class FleetRun:
             await fleets.carry_out(fleet, refresh, at_once=at_once, tell=lambda outcome: self._tell(fleet, outcome))
             if not dry_run and fleet.with_status("stopped"):
                 try:
-                    await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, meta))
+                    await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, terms))
                 except psycopg.OperationalError as error:
                     self._log.warning("What was not begun could not be recorded: %s", type(error).__name__)
         finally:
@@ -118,14 +117,11 @@ class FleetRun:
                 await slot.driver.close()
         return self._conclude(fleet)
 
-    def _muster(
-        self, selection: Selection, sparing: Sparing, meta: dict[str, Any], arguments: dict[str, Any], dry_run: bool
-    ) -> Work[Fleet]:
+    def _muster(self, selection: Selection, sparing: Sparing, terms: Terms, dry_run: bool) -> Work[Fleet]:
         ledger = self._hook._ledger
         if not dry_run:
             yield from ensure_schema(ledger.tracking_schema)
-        given = arguments.get("session_settings")
-        mustering = fleets.muster(ledger, selection, sparing, meta, given=given, dry_run=dry_run)
+        mustering = fleets.muster(ledger, selection, sparing, terms, dry_run=dry_run)
         return (yield from explained(ledger.tracking_schema, mustering))
 
     async def _alone(self, make: Any) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,25 +18,22 @@ from airflow_provider_matviews.definition import (
     RowCountStrategy,
     check_flag,
 )
-from airflow_provider_matviews.exceptions import InvalidDefinition, MatViewError, ViewNotFound
+from airflow_provider_matviews.exceptions import MatViewError, ViewNotFound
 from airflow_provider_matviews.hooks.fleet import FleetRun
-from airflow_provider_matviews.hooks.server import ServerHook
+from airflow_provider_matviews.hooks.record import RecordHook
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog, change_log
 from airflow_provider_matviews.services.adopt import Adopted, read_definition, read_definitions, write_definitions
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import IndexFacts
 from airflow_provider_matviews.services.change_log import ChangeLogResponse, LoggedTable
-from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.fleet import FleetResponse
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Run
 from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.migrations import ensure_schema
-from airflow_provider_matviews.services.pg_cron import CronImport, import_runs
 from airflow_provider_matviews.services.plan_steps import Plan
-from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.staleness import Judgement, judge_views
 from airflow_provider_matviews.timeouts import Timeouts
@@ -74,7 +70,7 @@ class ViewDescription:
     last_run: Run | None
 
 
-class MatViewHook(ServerHook):
+class MatViewHook(RecordHook):
     """Create, refresh and drop materialized views over a PostgreSQL connection, and read the record.
 
     Everything that PostgresHook makes of a connection holds here too: extras, IAM, ``options``, ``database``.
@@ -367,50 +363,6 @@ class MatViewHook(ServerHook):
         """
         return await FleetRun(self, self.log).run(views, **arguments)
 
-    def reap(self) -> list[int]:
-        """Mark every run that says ``running`` and is not as failed (``RunLost``).
-
-        The next operation on a view does it by itself; this is for views on which there is none. A live run is never
-        taken for a lost one: its view's lock is held, which any role can test.
-
-        :returns: the ids of the runs that were marked.
-        :raises MissingPrivilege: when the role may not use the run tables.
-        """
-        return self._read(reap_runs(self._ledger))
-
-    def import_cron_runs(self, *, cron_database: str | None = None, limit: int | None = None) -> CronImport:
-        """Write what pg_cron's jobs did to known views into the record, and warn of views that are scheduled twice.
-
-        Only runs that have ended and are not there yet, so that it can be repeated at any time, by many at once. Known
-        are the views that stand or are recorded; one that is not recorded yet gets a definition with
-        ``managed=False``.
-
-        :param cron_database: the database that pg_cron's tables are in, which is what ``cron.database_name`` says,
-            on the same server; None for that of the views.
-        :param limit: how many of pg_cron's rows to read at the most; None for all that are new.
-        :returns: how many runs of which view were written, the warnings, which are logged too, and whether ``limit``
-            left some for next time.
-        :raises UnsupportedServer: when pg_cron is not installed there, or too old to record its runs.
-        :raises MissingPrivilege: when the role may not read its tables, or use the run tables; the hint is the GRANT.
-        :raises InvalidName: when ``cron_database`` is no identifier.
-        :raises InvalidDefinition: when ``limit`` is not a positive number.
-        """
-        if limit is not None:
-            _check_limit(limit)
-        open_theirs = self._open
-        if cron_database is not None:
-            beside = copy(self)
-            beside.database = check_identifier(cron_database, "cron_database")
-            open_theirs = beside._open
-        ledger = self._ledger
-        with (
-            Driver(self._open, self.log, redact=ledger.redact) as here,
-            Driver(open_theirs, self.log, redact=ledger.redact) as there,
-            self._known(here),
-            self._known(there),
-        ):
-            return import_runs(ledger, here.run, there.run, limit=limit)
-
     def install_change_log(
         self,
         *names: str,
@@ -474,38 +426,6 @@ class MatViewHook(ServerHook):
         """
         longest = Timeouts(max_wait=max_wait).max_wait
         return self._run(change_log.prune_all(self.tracking_schema, longest or 0.0))
-
-    def runs(self, view: str | None = None, *, limit: int = 20) -> list[Run]:
-        """Return the latest runs, newest first.
-
-        :param view: of this view; None for all.
-        :param limit: how many at the most.
-        :raises InvalidDefinition: when ``limit`` is not a positive number.
-        """
-        _check_limit(limit)
-        name = None if view is None else ViewName.parse(view)
-        ledger = self._ledger
-
-        def read() -> Work[list[Run]]:
-            yield from ensure_schema(self.tracking_schema)
-            resolved = None if name is None else (yield from catalog.resolve(name, session=Session.RECORD))
-            return (yield from ledger.runs(resolved, limit))
-
-        return self._read(read())
-
-    def last_run(self, view: str) -> Run | None:
-        """Return the latest run of a view, or None before its first."""
-        runs = self.runs(view, limit=1)
-        return runs[0] if runs else None
-
-    def definitions(self) -> list[DefinitionRecord]:
-        """Return every recorded definition, by name."""
-
-        def read() -> Work[list[DefinitionRecord]]:
-            yield from ensure_schema(self.tracking_schema)
-            return (yield from self._ledger.definitions())
-
-        return self._read(read())
 
     def describe(self, view: str) -> ViewDescription:
         """Return what a view is, beside what is recorded of it.
@@ -603,7 +523,8 @@ class MatViewHook(ServerHook):
             resolved = []
             for name in names:
                 resolved.append((yield from catalog.resolve(name, session=Session.RECORD)))
-            judgements = yield from judge_views(self._ledger, resolved or None, max_staleness=max_staleness)
+            kept = yield from self._ledger.source_states(resolved or None)
+            judgements = yield from judge_views(kept, resolved or None, max_staleness=max_staleness)
             found = {(each.view.schema, each.view.name) for each in judgements}
             for each in resolved:
                 if (each.schema, each.name) not in found:
@@ -615,11 +536,6 @@ class MatViewHook(ServerHook):
     def graph(self) -> Graph:
         """Read which materialized views of the database read which, and which tables; nothing is recorded of it."""
         return self._read(read_graph())
-
-
-def _check_limit(limit: object) -> None:
-    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-        raise InvalidDefinition(f"limit={limit!r} is not a positive number of runs.")
 
 
 def _with_timeouts(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -61,15 +61,7 @@ class ServerHook(PostgresHook):
 
     Everything that PostgresHook makes of a connection holds here too: extras, IAM, ``options``, ``database``.
 
-    :param postgres_conn_id: the connection to the database that holds the views.
-    :param tracking_schema: the schema, in that database, of the run tables; made on first use.
-    :param context: what is recorded of whose task it is; operators give dag_id, task_id, run_id, map_index
-        and try_number.
-    :param longest: seconds that any operation may take in all, whatever its ``timeout`` says; operators give what
-        ``execution_timeout`` leaves.
-    :param given: seconds of which ``longest`` is what is left, for the story; None for all.
-    :raises InvalidName: when ``tracking_schema`` is no identifier.
-    :raises InvalidDefinition: when ``context`` holds anything else than that.
+    Its arguments are described where people make one, in ``matview.py``.
     """
 
     def __init__(

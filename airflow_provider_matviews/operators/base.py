@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn
 from uuid import uuid4
@@ -71,6 +72,18 @@ class HookOperator(BaseOperator):
         """Stop the statements on the server; what they had done is undone there."""
         if self._hook is not None:
             self._hook.refuse(_STOPPED)
+
+    @contextmanager
+    def _working(self, context: Context) -> Iterator[MatViewHook]:
+        """Yield a hook that is stopped when the task is; what goes wrong with it is told in the log."""
+        hook = self._hook = self._make_hook(context)
+        try:
+            yield hook
+        except Exception as error:
+            log_error(self.log, error, hook.redact)
+            raise
+        finally:
+            self._hook = None
 
     def _make_hook(self, context: Context) -> MatViewHook:
         return MatViewHook(
@@ -168,6 +181,14 @@ class Deferral:
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=timedelta(seconds=seconds + _GRACE))
 
+    def _raise_from(self, event: Mapping[str, Any]) -> None:
+        """Raise the error that the trigger tells of, if any."""
+        assert isinstance(self, HookOperator)
+        if "error" in event:
+            error = unpack_error(event["error"])
+            log_error(self.log, error)
+            raise error
+
 
 class ViewOperator(HookOperator):
     """What those about one view share: which view, and how a response becomes log, XCom and events."""
@@ -193,14 +214,8 @@ class ViewOperator(HookOperator):
         :raises MatViewError: one of ``exceptions.py``, when it cannot be done as asked.
         :raises psycopg.Error: what PostgreSQL says.
         """
-        hook = self._hook = self._make_hook(context)
-        try:
+        with self._working(context) as hook:
             response = self._perform(hook)
-        except Exception as error:
-            log_error(self.log, error, hook.redact)
-            raise
-        finally:
-            self._hook = None
         if self.is_dry_run:
             # Airflow tells of every asset that a task which succeeds has as its outlet.
             self.outlets = []
@@ -279,10 +294,7 @@ class DeferrableViewOperator(Deferral, ViewOperator):
         :raises MatViewError: as of :meth:`execute`.
         :raises psycopg.Error: as of :meth:`execute`.
         """
-        if "error" in event:
-            error = unpack_error(event["error"])
-            log_error(self.log, error)
-            raise error
+        self._raise_from(event)
         return self._conclude(context, self._make_hook(context), event["summary"], event["stood_back"])
 
     def _deferred(self) -> tuple[Literal["create", "refresh"], str | MatViewDefinition, dict[str, Any]]:

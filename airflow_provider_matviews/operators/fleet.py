@@ -9,7 +9,6 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, con
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.base import Deferral, HookOperator
-from airflow_provider_matviews.outcome import log_error, unpack_error
 from airflow_provider_matviews.services.fleet import Selection
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -114,14 +113,8 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         Timeouts(**{name: arguments[name] for name in Timeouts.names()})
         if self.deferrable and not self.is_dry_run:
             self._defer_to(context, "refresh_many", None, arguments, Timeouts())
-        hook = self._hook = self._make_hook(context)
-        try:
+        with self._working(context) as hook:
             result = hook.refresh_many(**arguments)
-        except Exception as error:
-            log_error(self.log, error, hook.redact)
-            raise
-        finally:
-            self._hook = None
         return self._conclude(context, hook, result.as_dict(hook.redact))
 
     def execute_complete(self, context: Context, event: dict[str, Any]) -> dict[str, Any]:
@@ -132,10 +125,7 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         """
         for line in event.get("table", ()):
             self.log.info("%s", line)
-        if "error" in event:
-            error = unpack_error(event["error"])
-            log_error(self.log, error)
-            raise error
+        self._raise_from(event)
         return self._conclude(context, self._make_hook(context), event["summary"])
 
     def _conclude(self, context: Context, hook: MatViewHook, summary: dict[str, Any]) -> dict[str, Any]:

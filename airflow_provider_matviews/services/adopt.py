@@ -11,10 +11,8 @@ import re
 import secrets
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from psycopg import sql
@@ -25,6 +23,7 @@ from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.parts import Column, ExtendedStatistics, Grant, Index, IndexKey
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Command, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.locking import DEFAULT_PATIENCE, politely
 from airflow_provider_matviews.services.picture import (
@@ -54,19 +53,6 @@ _ALL_ON_A_COLUMN = frozenset({"SELECT", "INSERT", "UPDATE", "REFERENCES"})
 _ALL_KINDS = frozenset({"ndistinct", "dependencies", "mcv"})
 #: What some file system, or a shell, would not have in a name.
 _NOT_IN_A_FILE_NAME = re.compile(r"[^\w.-]|^[.-]")
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """Which materialized views read which, without circles; names as one types them.
-
-    :ivar order: each after those that it reads.
-    :ivar left_out: what was taken out of ``needs`` to that end.
-    """
-
-    needs: Mapping[str, Collection[str]]
-    order: Sequence[str]
-    left_out: Mapping[str, Collection[str]]
 
 
 def read_definition(view: ResolvedName) -> Work[Adopted]:
@@ -117,7 +103,7 @@ def read_definitions(schema: str) -> Work[list[Adopted]]:
     return adopted
 
 
-def _read(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
+def _read(view: ResolvedName, graph: Graph) -> Work[Adopted]:
     # The functions that give definitions wait for who changes the view, and whoever changes it next then for us.
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"))
     try:
@@ -133,7 +119,7 @@ def _read(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
     return adopted
 
 
-def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
+def _read_at_once(view: ResolvedName, graph: Graph) -> Work[Adopted]:
     yield from speak_plainly()
     while True:
         facts = yield from catalog.require_view(view)
@@ -153,7 +139,7 @@ def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
             query,
             picture,
             notes,
-            depends_on=sorted(graph.needs.get(str(name), ())),
+            depends_on=sorted(graph.needs_in_order.get(str(name), ())),
             privileges=frozenset(server["privileges"]),
             access_method=server["access_method"],
             shut_out=shut_out,
@@ -164,7 +150,7 @@ def _read_at_once(view: ResolvedName, graph: _Graph) -> Work[Adopted]:
         ) from error
     notes += [
         f"it and {other} read each other in a circle: {other} is left out of its depends_on"
-        for other in sorted(graph.left_out.get(str(name), ()))
+        for other in sorted(graph.passed_over.get(str(name), ()))
     ]
     return definition, notes
 
@@ -373,29 +359,18 @@ _NOTES = {
 }
 
 
-def _graph() -> Work[_Graph]:
-    """Return which materialized views of the database read which: through plain views, types and functions too.
+def _graph() -> Work[Graph]:
+    """Return which materialized views of the database are built on which: by their queries, types and functions too.
 
     Of the whole database, so that a circle is broken at the same place whichever of its views are adopted, and when.
     """
     rows = yield from fetch_all(_READS)
-    needs: dict[str, set[str]] = {}
+    needs: dict[str, frozenset[str]] = {}
     for row in rows:
-        needed = needs.setdefault(str(ViewName(row["name"], row["schema"])), set())
-        if row["needed_name"] is not None:
-            needed.add(str(ViewName(row["needed_name"], row["needed_schema"])))
-    left_out: dict[str, set[str]] = {}
-    while True:
-        try:
-            order = list(TopologicalSorter(needs).static_order())
-        except CycleError as error:
-            circle: list[str] = error.args[1]
-            # Each is needed by the one that follows it.
-            needer, needed_one = min(zip(circle[1:], circle[:-1], strict=True))
-            needs[needer].remove(needed_one)
-            left_out.setdefault(needer, set()).add(needed_one)
-        else:
-            return _Graph(needs, order, left_out)
+        view = str(ViewName(row["name"], row["schema"]))
+        needed = () if row["needed_name"] is None else (str(ViewName(row["needed_name"], row["needed_schema"])),)
+        needs[view] = needs.get(view, frozenset()).union(needed)
+    return Graph({}, needs)
 
 
 # Bounded by UNION, since views may read each other in a circle. Not followed: what is neither a view nor a part of a

@@ -184,6 +184,13 @@ def arrive(
     return server, ResolvedName(schema, view.name, display if schema == "public" else f"{quoted_schema}.{display}")
 
 
+def named(views: Sequence[ResolvedName] | None) -> dict[str, list[str] | None]:
+    """Return the parameters ``schemas`` and ``names`` of a statement about several views; None of them for all."""
+    if views is None:
+        return {"schemas": None, "names": None}
+    return {"schemas": [view.schema for view in views], "names": [view.name for view in views]}
+
+
 def former_name(name: str, view: ResolvedName) -> ResolvedName:
     """Return the name that a view has had; without a schema, one in the view's."""
     parsed = ViewName.parse(name)

@@ -27,7 +27,8 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation
-from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.run import Terms, meta_of
 from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.services.staleness import judge_views
 
@@ -279,9 +280,8 @@ def muster(
     ledger: Ledger,
     selection: Selection,
     sparing: Sparing,
-    meta: Mapping[str, Any],
+    terms: Terms,
     *,
-    given: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> Work[Fleet]:
     """Find out which views are to be refreshed and in which order; record those that are left alone.
@@ -289,8 +289,8 @@ def muster(
     With ``skip_unchanged`` the views of which nothing has changed, and nothing that they read will be refreshed, are
     skipped here, all by a few statements.
 
-    :param meta: what the run rows of those say beside the reason, and whose task it is.
-    :param given: the settings of the call, which go before those of a view's definition.
+    :param terms: what was asked and whose task it is, for the run rows of those; and the settings of the call, which go
+        before those of a view's definition.
     :param dry_run: record nothing.
     :raises ViewNotFound: when a name stands for no materialized view, or a schema does not exist.
     """
@@ -310,11 +310,11 @@ def muster(
         judgement.view.display: judgement
         for judgement in (
             yield from judge_views(
-                ledger,
+                {(each.schema_name, each.view_name): each.source_state for each in definitions.values()},
                 [graph.views[view] for view in order],
                 max_staleness=sparing.max_staleness,
                 given={
-                    graph.views[view]: {**definitions[view].session_settings, **(given or {})}
+                    graph.views[view]: {**definitions[view].session_settings, **terms.session_settings}
                     for view in order
                     if view in definitions
                 },
@@ -331,7 +331,7 @@ def muster(
     fleet = Fleet(needs, graph.views, definitions)
     unchanged = [judgements[view] for view in order if view not in changing]
     ids = {definitions[each.view.display].id: each.view.display for each in unchanged}
-    for definition_id, earlier in (yield from ledger.done_by(meta, list(ids))).items():
+    for definition_id, earlier in (yield from ledger.done_by(terms.context, list(ids))).items():
         # An earlier try of the task failed or was lost, and what follows it has heard nothing of this one yet.
         response = ServiceResponse("updated", {}, earlier.facts, earlier.run_id, earlier.duration_ms)
         fleet.end(Outcome(ids[definition_id], "updated", earlier.facts["reason"], response, earlier.run_id))
@@ -342,7 +342,7 @@ def muster(
             {definitions[each.view.display].id: each.settled_at for each in unchanged if each.settled_at is not None}
         )
         run_ids = yield from _record_skipped(
-            ledger, definitions, [(each.view.display, each.reason) for each in unchanged], meta, spared="unchanged"
+            ledger, definitions, [(each.view.display, each.reason) for each in unchanged], terms, spared="unchanged"
         )
     for judgement, run_id in zip(unchanged, run_ids, strict=True):
         fleet.end(Outcome(judgement.view.display, "skipped", judgement.reason, None, run_id))
@@ -497,14 +497,14 @@ def _told(error: Exception) -> str:
     return primary or str(error) or type(error).__name__
 
 
-def record_stopped(ledger: Ledger, fleet: Fleet, meta: Mapping[str, Any]) -> Work[None]:
+def record_stopped(ledger: Ledger, fleet: Fleet, terms: Terms) -> Work[None]:
     """Record, of each view that was stopped because of another one, that it was skipped and why."""
     stopped = [(view, fleet.outcomes[view].reason or "") for view in fleet.with_status("stopped")]
     definitions = dict(fleet.definitions)
     for view, _ in stopped:
         if view not in definitions:
             definitions[view] = yield from ledger.adopt(fleet.views[view], None, None)
-    run_ids = yield from _record_skipped(ledger, definitions, stopped, meta)
+    run_ids = yield from _record_skipped(ledger, definitions, stopped, terms)
     for (view, _), run_id in zip(stopped, run_ids, strict=True):
         fleet.end(replace(fleet.outcomes[view], run_id=run_id))
 
@@ -513,21 +513,12 @@ def _record_skipped(
     ledger: Ledger,
     definitions: Mapping[str, DefinitionRecord],
     views: Sequence[tuple[str, str]],
-    meta: Mapping[str, Any],
+    terms: Terms,
     **more: Any,
 ) -> Work[list[int]]:
-    rows = [
-        (
-            definitions[view].id,
-            {
-                **meta,
-                "row_count_before": None,
-                "row_count_after": None,
-                "strategy": None,
-                "request": {"view": view, **meta["request"]},
-                "response": {"status": "skipped", "view": view, "sql": [], "steps": [], "reason": reason, **more},
-            },
-        )
-        for view, reason in views
-    ]
-    return (yield from ledger.skip_many(Operation.REFRESH, rows))
+    runs = []
+    for view, reason in views:
+        report = Report.on(view, dict(terms.request))
+        report.told(reason=reason, **more)
+        runs.append((definitions[view].id, meta_of(report, terms, "skipped")))
+    return (yield from ledger.skip(Operation.REFRESH, runs, 0))

@@ -94,7 +94,8 @@ class Graph:
 
     @cached_property
     def _sorted(self) -> tuple[tuple[str, ...], dict[str, frozenset[str]]]:
-        needs = {view: set(self.needs[view]) for view in sorted(self.needs)}
+        # Lists: a set's order is another one in each process.
+        needs = {view: sorted(needed) for view, needed in self.needs.items()}
         while True:
             try:
                 order = tuple(TopologicalSorter(needs).static_order())

@@ -21,6 +21,7 @@ from psycopg.types.json import Jsonb
 
 from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
 from airflow_provider_matviews.exceptions import RunLost
+from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one, raw
 from airflow_provider_matviews.services.migrations import LATEST, ensure_schema
@@ -444,37 +445,29 @@ class Ledger:
         )
         return None if row is None else (row["id"], row["duration_ms"], row["meta"])
 
-    def skip(self, definition_id: int, operation: Operation, duration_ms: int, meta: Mapping[str, Any]) -> Work[int]:
-        """Insert a run that never began, as ``skipped``, and return its id."""
-        row = yield from fetch_one(
-            sql.SQL(
-                "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, finished_at, duration_ms, "
-                "meta) SELECT %s, %s, %s, now - %s * interval '1 ms', now, %s, %s FROM clock_timestamp() AS now "
-                "RETURNING id"
-            ).format(self._table("mat_view_runs")),
-            (definition_id, RunStatus.SKIPPED, operation, duration_ms, duration_ms, Jsonb(self.clean(meta))),
-            Session.RECORD,
-        )
-        assert row is not None
-        return int(row["id"])
-
-    def skip_many(self, operation: Operation, runs: Sequence[tuple[int, Mapping[str, Any]]]) -> Work[list[int]]:
+    def skip(
+        self, operation: Operation, runs: Sequence[tuple[int, Mapping[str, Any]]], duration_ms: int
+    ) -> Work[list[int]]:
         """Insert runs that never began, as ``skipped``, and return their ids in the same order.
 
         :param runs: of each the id of its definition, and its meta.
+        :param duration_ms: milliseconds that it took to find out.
         """
         if not runs:
             return []
         rows = yield from fetch_all(
             sql.SQL(
                 "INSERT INTO {} (mat_view_definition_id, status, operation, started_at, finished_at, duration_ms, "
-                "meta) SELECT new.definition_id, %s, %s, now, now, 0, new.meta FROM clock_timestamp() AS now, "
+                "meta) SELECT new.definition_id, %s, %s, now - %s * interval '1 ms', now, %s, new.meta "
+                "FROM clock_timestamp() AS now, "
                 "unnest(%s::bigint[], %s::jsonb[]) WITH ORDINALITY AS new (definition_id, meta, position) "
                 "ORDER BY new.position RETURNING id"
             ).format(self._table("mat_view_runs")),
             (
                 RunStatus.SKIPPED,
                 operation,
+                duration_ms,
+                duration_ms,
                 [definition_id for definition_id, _ in runs],
                 [Jsonb(self.clean(meta)) for _, meta in runs],
             ),
@@ -508,22 +501,27 @@ class Ledger:
             (Jsonb(state), view.schema, view.name, definition_id),
         )
 
-    def source_states(self, session: Session) -> Work[dict[tuple[str, str], tuple[int, dict[str, Any] | None]]]:
-        """Return the id and what is kept of its sources for every view on record, by schema and name.
+    def source_states(
+        self, views: Sequence[ResolvedName] | None = None
+    ) -> Work[dict[tuple[str, str], dict[str, Any] | None]]:
+        """Return what is kept of the sources of views that are on record, by schema and name.
 
         Nothing where there are no tables yet; none are made.
+
+        :param views: of these; None for all.
         """
         try:
             rows = yield from fetch_all(
-                sql.SQL("SELECT id, schema_name, view_name, source_state FROM {}").format(
-                    self._table("mat_view_definitions")
-                ),
-                (),
-                session,
+                sql.SQL(
+                    "SELECT schema_name, view_name, source_state FROM {} WHERE %(schemas)s::text[] IS NULL OR "
+                    "(schema_name, view_name) IN (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[]))"
+                ).format(self._table("mat_view_definitions")),
+                catalog.named(views),
+                Session.RECORD,
             )
         except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
             return {}
-        return {(row["schema_name"], row["view_name"]): (row["id"], row["source_state"]) for row in rows}
+        return {(row["schema_name"], row["view_name"]): row["source_state"] for row in rows}
 
     def settle_sources(self, settled: Mapping[int, datetime]) -> Work[None]:
         """Note of views that no transaction is left that is older than what was kept of their sources at a moment.

@@ -170,7 +170,7 @@ def record_run(
         known = yield from ledger.definition(view)
         origin = yield from _origin(view, former)
         renamed = None if origin is view else (yield from ledger.definition(origin))
-        starting = _start(operation, view, renamed or known, subject, ledger, terms, _meta(report, terms))
+        starting = _start(operation, view, renamed or known, subject, ledger, terms, meta_of(report, terms))
         record, run_id = yield from explained(ledger.tracking_schema, starting)
         prepared = Prepared(view, origin, server, _in_force(record, subject), report, terms.patience)
         watched = Progress(view, operation, server.pid, report, begun, lambda: ledger.past_refreshes(record.id))
@@ -439,14 +439,14 @@ def _stand_back(
     report.told(reason=reason, locked=True)
     duration = _milliseconds(begun)
     status = "skipped" if terms.if_locked is IfLocked.SKIP else None
-    meta = _meta(report, terms, status)
+    meta = meta_of(report, terms, status)
     try:
         record = yield from ledger.adopt(view, known, None)
-        run_id = yield from ledger.skip(record.id, operation, duration, meta)
+        (run_id,) = yield from ledger.skip(operation, [(record.id, meta)], duration)
     except psycopg.errors.ForeignKeyViolation:
         # The other one has just given its runs to the row of a view that now has this name.
         record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
-        run_id = yield from ledger.skip(record.id, operation, duration, meta)
+        (run_id,) = yield from ledger.skip(operation, [(record.id, meta)], duration)
     if status is not None:
         yield Note(f"Skipped: {reason}.")
         yield from _roll_back()
@@ -478,7 +478,7 @@ def _carry_out(
         response = yield from politely(prepared.origin, prepared.patience, lambda: _attempt(service, prepared, terms))
         status = RunStatus.SKIPPED if response.status == "skipped" else RunStatus.SUCCESS
         yield from fetch_all(sql.SQL("SELECT set_config('lock_timeout', {}, true)").format(_RECORD_LOCK_TIMEOUT))
-        meta = _meta(prepared.report, terms, response.status)
+        meta = meta_of(prepared.report, terms, response.status)
         yield from declared(status)
         if prepared.report.source_state is not None:
             yield from ledger.keep_sources(prepared.record.id, prepared.view, prepared.report.source_state)
@@ -492,7 +492,7 @@ def _carry_out(
         if response is not None:
             # The run row is locked by this transaction; the record's connection would wait for it for ever.
             yield from _roll_back()
-        ended = yield from _record_failure(run_id, error, ledger, _meta(prepared.report, terms), begun)
+        ended = yield from _record_failure(run_id, error, ledger, meta_of(prepared.report, terms), begun)
         if response is None or ended not in (RunStatus.SUCCESS, RunStatus.SKIPPED):
             _attach(error, replace(prepared.report.unfinished(), run_id=run_id))
             raise
@@ -600,7 +600,8 @@ def _milliseconds(begun: float) -> int:
     return round((time.monotonic() - begun) * 1000)
 
 
-def _meta(report: Report, terms: Terms, status: str | None = None) -> dict[str, Any]:
+def meta_of(report: Report, terms: Terms, status: str | None = None) -> dict[str, Any]:
+    """Return what a run's row says beside its columns."""
     response = report.response
     return {
         "row_count_before": response["row_count_before"],

@@ -67,7 +67,7 @@ def spare(
     """
     kept = staleness.Baseline.of(record.source_state)
     # Before the look: whoever is gone by then cannot have changed the view unseen after it.
-    settled = kept is not None and (yield from staleness.is_settled(kept, [pid]))
+    settled = sparing.skip_unchanged and kept is not None and (yield from staleness.is_settled(kept, [pid]))
     look = (yield from staleness.look_at([view])).get(view)
     if look is None:
         return False

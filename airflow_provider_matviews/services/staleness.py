@@ -21,10 +21,9 @@ from typing import Any
 
 from psycopg import sql
 
-from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.catalog import ResolvedName, named
 from airflow_provider_matviews.services.graph import DISPLAY, WALK
 from airflow_provider_matviews.services.instructions import Session, Work, fetch_all
-from airflow_provider_matviews.services.ledger import Ledger
 
 #: Moves with the columns of a relation ``c``, which show where a whole row is read, and with the expressions of those
 #: that are computed as they are read.
@@ -334,7 +333,6 @@ class Judgement:
     :ivar digest: moves whenever anything about its sources moves.
     :ivar refreshed_at: when the rows it has were true at the earliest, by the server's clock; None where unknown.
     :ivar moving: why its result moves though no source changes.
-    :ivar definition_id: of its row in the record; None where it has none.
     :ivar settled_at: of which baseline it has just shown that no older transaction is left; None where that is known
         already, or not so.
     """
@@ -345,7 +343,6 @@ class Judgement:
     digest: str
     refreshed_at: datetime | None = None
     moving: tuple[str, ...] = ()
-    definition_id: int | None = None
     settled_at: datetime | None = None
 
 
@@ -355,11 +352,7 @@ def look_at(views: Sequence[ResolvedName] | None, session: Session = Session.REC
     :param views: those that do not stand are left out; None for all of the database.
     :param session: where; outside of a transaction, or counters may be as old as the transaction.
     """
-    names = {
-        "schemas": None if views is None else [view.schema for view in views],
-        "names": None if views is None else [view.name for view in views],
-    }
-    rows = yield from fetch_all(_LOOK, names, session)
+    rows = yield from fetch_all(_LOOK, named(views), session)
     looks = {}
     for row in rows:
         view = ResolvedName(row.pop("schema"), row.pop("name"), row.pop("display"))
@@ -452,27 +445,26 @@ def judge(
 
 
 def judge_views(
-    ledger: Ledger,
+    kept: Mapping[tuple[str, str], Mapping[str, Any] | None],
     views: Sequence[ResolvedName] | None = None,
     *,
     max_staleness: float | None = None,
     given: Mapping[ResolvedName, Mapping[str, Any]] | None = None,
     session: Session = Session.RECORD,
 ) -> Work[list[Judgement]]:
-    """Say of many views whether they are older than what they read, by three statements. Changes nothing.
+    """Say of many views whether they are older than what they read, by two statements. Changes nothing.
 
+    :param kept: by schema and name, what is kept of their last refreshes; read before.
     :param views: those that do not stand are left out; None for all of the database.
     :param max_staleness: as of :func:`judge`.
     :param given: of each view, as of :func:`judge`.
     :param session: where; outside of a transaction.
     """
-    kept = yield from ledger.source_states(session)
     # Before the look, as in :func:`is_settled`.
     (open_before,) = yield from fetch_all(_OPEN, {"ours": []}, session)
     judgements = []
     for view, look in (yield from look_at(views, session)).items():
-        definition_id, state = kept.get((view.schema, view.name), (None, None))
-        baseline = Baseline.of(state)
+        baseline = Baseline.of(kept.get((view.schema, view.name)))
         settings = None if given is None else given.get(view, {})
         judgement = judge(look, baseline, max_staleness=max_staleness, given=settings)
         settles = (
@@ -481,9 +473,7 @@ def judge_views(
             and _settles(baseline, open_before)
             and look.version == baseline.version
         )
-        judgements.append(
-            replace(judgement, definition_id=definition_id, settled_at=baseline.at if settles and baseline else None)
-        )
+        judgements.append(replace(judgement, settled_at=baseline.at if settles and baseline else None))
     return judgements
 
 

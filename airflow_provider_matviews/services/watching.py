@@ -162,18 +162,19 @@ def see(
     :param everything: whether all that are on record are watched, too.
     :param with_log: whether the change log is read, too.
     """
-    kept = yield from ledger.source_states(Session.RECORD)
     resolved = {}
     for name in names:
         known = former.names.get(name) if former is not None else None
         resolved[name] = known or (yield from catalog.resolve(name, session=Session.RECORD))
-    looks = yield from look_at(None if everything else list(resolved.values()))
+    views = None if everything else list(resolved.values())
+    # Before the look: what is older than it can only make a view stale for a moment.
+    kept = yield from ledger.source_states(views)
+    looks = yield from look_at(views)
     on_record = frozenset(view for view in looks if (view.schema, view.name) in kept)
     looks = {view: look for view, look in looks.items() if view in on_record or view in resolved.values()}
     baselines = {}
     for view in looks:
-        _, state = kept.get((view.schema, view.name), (None, None))
-        if (baseline := Baseline.of(state)) is not None:
+        if (baseline := Baseline.of(kept.get((view.schema, view.name)))) is not None:
             baselines[view] = baseline
     sight = Sight(
         looks,
