@@ -130,6 +130,31 @@ CREATE TABLE {schema}.mat_view_changes (
             "views read. Written by triggers on those tables, where install_change_log has put them.'"
         ),
     ),
+    # For a history of millions of runs (docs/history.md). IF NOT EXISTS: where the table is large already, somebody may
+    # have built them CONCURRENTLY before.
+    6: (
+        # The last so many of a kind of one view: moving averages, ages, what retention keeps.
+        sql.SQL(
+            "CREATE INDEX IF NOT EXISTS index_mat_view_runs_on_kind ON {schema}.mat_view_runs "
+            "(mat_view_definition_id, operation, status, created_at DESC, id DESC) INCLUDE (duration_ms)"
+        ),
+        # The latest of all views, and all that are older than some age.
+        sql.SQL(
+            "CREATE INDEX IF NOT EXISTS index_mat_view_runs_on_created_at "
+            "ON {schema}.mat_view_runs (created_at DESC, id DESC)"
+        ),
+        # Failures of the last so many hours.
+        sql.SQL(
+            "CREATE INDEX IF NOT EXISTS index_mat_view_runs_failed "
+            "ON {schema}.mat_view_runs (created_at, mat_view_definition_id) WHERE status = 3"
+        ),
+        # By their share of so large a table, dead rows would be left for weeks, and what the visibility map says of new
+        # ones as long: index-only scans need it.
+        sql.SQL(
+            "ALTER TABLE {schema}.mat_view_runs SET (autovacuum_vacuum_scale_factor = 0.02, "
+            "autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02)"
+        ),
+    ),
 }
 
 LATEST = max(MIGRATIONS)
