@@ -36,12 +36,19 @@ def get_provider_info() -> dict[str, Any]:
                 ],
             }
         ],
+        "sensors": [
+            {
+                "integration-name": "PostgreSQL materialized views",
+                "python-modules": ["airflow_provider_matviews.sensors.matview"],
+            }
+        ],
         "triggers": [
             {
                 "integration-name": "PostgreSQL materialized views",
                 "python-modules": [
                     "airflow_provider_matviews.triggers.matview",
                     "airflow_provider_matviews.triggers.changes",
+                    "airflow_provider_matviews.triggers.metrics",
                 ],
             }
         ],

@@ -30,8 +30,9 @@ from airflow_provider_matviews.exceptions import (
     ViewNotFound,
 )
 from airflow_provider_matviews.operators.matview import RefreshMatViewsOperator
-from airflow_provider_matviews.services.fleet import Fleet, Outcome, Selection, carry_out
+from airflow_provider_matviews.services.fleet import Fleet, Outcome, carry_out
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.triggers.matview import MatViewTrigger
 from tests.airflow_dags import run_dag, set_connection
 from tests.conftest import Database, hook_on

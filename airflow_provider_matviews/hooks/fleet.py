@@ -14,12 +14,13 @@ from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition,
 from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.services import fleet as fleets
 from airflow_provider_matviews.services.execute_async import AsyncDriver
-from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, NotBegun, Outcome, Selection
+from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, NotBegun, Outcome
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.services.run import Terms
+from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -160,7 +161,7 @@ class FleetRun:
         except (Exception, asyncio.CancelledError) as error:
             # It may have been stopped, which it remembers.
             await slot.driver.close()
-            if isinstance(error, psycopg.OperationalError) and _had_no_room(error):
+            if isinstance(error, Exception) and had_no_room(error):
                 raise fleets.NoRoom(f"no connection to the server could be opened for it ({error})") from error
             raise
         self._slots.append(slot)
@@ -231,9 +232,15 @@ class FleetRun:
         return error
 
 
-def _had_no_room(error: psycopg.OperationalError) -> bool:
+def had_no_room(error: Exception) -> bool:
+    """Whether a view was not begun because the server had no connection left for it."""
     # A connection that was refused has no SQLSTATE (53300), and the words are the server's own; but nothing had begun.
-    return not isinstance(error, MatViewError) and getattr(error, "response", None) is None and error.sqlstate is None
+    return (
+        isinstance(error, psycopg.OperationalError)
+        and not isinstance(error, MatViewError)
+        and getattr(error, "response", None) is None
+        and error.sqlstate is None
+    )
 
 
 def _levels(fleet: Fleet) -> list[tuple[str, ...]]:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from copy import copy
+from typing import Any
 
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.names import ViewName, check_identifier
+from airflow_provider_matviews.retention import RetentionPolicy
+from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_views
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Run
-from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.metrics import ViewMetrics, read_metrics
+from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.pg_cron import CronImport, import_runs
 from airflow_provider_matviews.services.reap import reap_runs
+from airflow_provider_matviews.services.retention import PruneResponse, Pruning, prune_runs
+from airflow_provider_matviews.services.selection import Selection
 
 
 class RecordHook(ServerHook):
@@ -54,6 +62,72 @@ class RecordHook(ServerHook):
 
         return self._read(read())
 
+    def metrics(
+        self,
+        views: Sequence[str] = ("*.*",),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        window: int = 20,
+    ) -> list[ViewMetrics]:
+        """Read how views fare: latest run, age, failures, durations, row counts and bloat, of all of them at once.
+
+        What it costs does not grow with the history (see ``services/metrics.py``).
+
+        :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``.
+            Patterns mean the views that are on record; a name may also be of one that stands and is not.
+        :param schemas: exact names of schemas, all views of which are meant.
+        :param exclude: names and patterns of views that are not meant after all.
+        :param window: how many successful refreshes to look at, beside the latest.
+        :returns: the metrics, by name; without views that were dropped.
+        :raises ViewNotFound: when a name is of a view that neither stands nor is on record, or that was dropped.
+        :raises InvalidDefinition: when an argument is nothing of that.
+        :raises MissingPrivilege: when the role may not use the run tables.
+        """
+        selection = Selection(views, schemas, exclude)
+        window = AlertRules(window=window, min_samples=1).window
+        return self._read(read_metrics(self._ledger, selection, window=window))
+
+    def check(
+        self,
+        views: Sequence[str] = ("*.*",),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        overrides: Mapping[str, Mapping[str, Any]] | None = None,
+        **rules: Any,
+    ) -> Checkup:
+        """Say which rules views break.
+
+        :param views: as of :meth:`metrics`.
+        :param schemas: as of :meth:`metrics`.
+        :param exclude: as of :meth:`metrics`.
+        :param overrides: name or pattern -> what is different for those views; the later go before.
+        :param rules: those of :class:`AlertRules`.
+        :raises ViewNotFound: as of :meth:`metrics`.
+        :raises InvalidDefinition: when a rule is not what it should be.
+        :raises MissingPrivilege: when the role may not use the run tables.
+        """
+        return self._run(self._checkup(views, schemas, exclude, overrides, rules))
+
+    async def acheck(self, views: Sequence[str] = ("*.*",), **arguments: Any) -> Checkup:
+        """Do as :meth:`check` does, on an asynchronous connection, for a triggerer."""
+        rules = dict(arguments)
+        others = [rules.pop(name, default) for name, default in (("schemas", ()), ("exclude", ()), ("overrides", None))]
+        return await self._arun(lambda: self._checkup(views, *others, rules))
+
+    def _checkup(
+        self,
+        views: Sequence[str],
+        schemas: Sequence[str],
+        exclude: Sequence[str],
+        overrides: Mapping[str, Mapping[str, Any]] | None,
+        rules: Mapping[str, Any],
+    ) -> Work[Checkup]:
+        book = RuleBook(AlertRules.of(rules), dict(overrides or {}))
+        work = check_views(self._ledger, Selection(views, schemas, exclude), book)
+        return explained(self.tracking_schema, work)
+
     def reap(self) -> list[int]:
         """Mark every run that says ``running`` and is not as failed (``RunLost``).
 
@@ -64,6 +138,55 @@ class RecordHook(ServerHook):
         :raises MissingPrivilege: when the role may not use the run tables.
         """
         return self._read(reap_runs(self._ledger))
+
+    def prune(
+        self,
+        policy: RetentionPolicy | None = None,
+        *,
+        views: Sequence[str] = (),
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        dry_run: bool = False,
+        batch_size: int = 5000,
+        pause: float = 0.1,
+        vacuum: bool = False,
+        **limits: Any,
+    ) -> PruneResponse:
+        """Delete the runs that retention does not keep, in short transactions that nobody waits for.
+
+        Runs that ended without a word are marked first, and the change log is pruned too; neither in a dry run. Safe
+        beside operations, and beside another prune.
+
+        :param policy: what is kept; None for what ``limits`` say.
+        :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``, of
+            views on record, whether they stand or were dropped; together with ``schemas`` none for all. What a view's
+            definition declares itself goes before ``policy`` and ``limits``.
+        :param schemas: exact names of schemas, all views of which are meant.
+        :param exclude: names and patterns of views that are not meant after all.
+        :param dry_run: only count what would go.
+        :param batch_size: runs that one transaction deletes at the most.
+        :param pause: seconds between two of them.
+        :param vacuum: VACUUM the run table after something was deleted, which only its owner may
+            (https://www.postgresql.org/docs/current/sql-vacuum.html); without it autovacuum does.
+        :param limits: the arguments of :class:`RetentionPolicy`; ``keep_successes`` is 500 unless it is given, None for
+            all.
+        :raises InvalidDefinition: when an argument cannot be what it should be.
+        :raises ViewNotFound: when a name is of a view that is not on record.
+        :raises MissingPrivilege: when the role may not use the run tables; the hint is the GRANT.
+        :raises OperationCancelled: when it was stopped by :meth:`cancel`; what was deleted until then stays deleted.
+        """
+        if policy is not None and limits:
+            raise InvalidDefinition(f"Give either a policy or {', '.join(sorted(limits))}, not both.")
+        pruning = Pruning(
+            RetentionPolicy.of({"keep_successes": 500, **limits} if policy is None else policy),
+            Selection(views if views or schemas else ["*.*"], schemas, exclude),
+            dry_run,
+            batch_size,
+            pause,
+            vacuum,
+            self.longest,
+        )
+        return self._run(explained(self.tracking_schema, prune_runs(self._ledger, pruning)))
 
     def import_cron_runs(self, *, cron_database: str | None = None, limit: int | None = None) -> CronImport:
         """Write what pg_cron's jobs did to known views into the record, and warn of views that are scheduled twice.

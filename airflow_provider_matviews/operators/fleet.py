@@ -9,7 +9,7 @@ from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, con
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.base import Deferral, HookOperator
-from airflow_provider_matviews.services.fleet import Selection
+from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.timeouts import Timeouts
 
 if TYPE_CHECKING:

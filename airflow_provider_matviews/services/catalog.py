@@ -199,7 +199,7 @@ def former_name(name: str, view: ResolvedName) -> ResolvedName:
     return ResolvedName(former.schema or view.schema, former.name, display)
 
 
-def kinds_of(*views: ResolvedName) -> Work[list[str | None]]:
+def kinds_of(*views: ResolvedName, session: Session = Session.WORK) -> Work[list[str | None]]:
     """Return what stands under each name, in words such as :data:`MATERIALIZED_VIEW`; None where nothing does."""
     rows = yield from fetch_all(
         sql.SQL(
@@ -210,7 +210,8 @@ def kinds_of(*views: ResolvedName) -> Work[list[str | None]]:
             sql.SQL(", ").join(
                 sql.SQL("({}, {})").format(sql.Literal(view.schema), sql.Literal(view.name)) for view in views
             )
-        )
+        ),
+        session=session,
     )
     kinds = {(row["schema"], row["name"]): _kind(row["kind"]) for row in rows}
     return [kinds.get((view.schema, view.name)) for view in views]

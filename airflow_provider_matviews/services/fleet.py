@@ -8,16 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 import psycopg
 from psycopg import sql
 
-from airflow_provider_matviews.checks import as_tuple, check_flag
 from airflow_provider_matviews.exceptions import (
-    InvalidDefinition,
     MatViewError,
     OperationCancelled,
     ViewNotFound,
@@ -28,11 +25,12 @@ from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation
 from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.retention import retain
 from airflow_provider_matviews.services.run import Terms, meta_of
+from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.services.sparing import Sparing
 from airflow_provider_matviews.services.staleness import judge_views
 
-_WILD = frozenset("*?[")
 #: Seconds before a view is tried again for which the server had no connection, though no other one of ours had any.
 _AGAIN_AFTER = (0.1, 0.3, 1.0, 2.0, 4.0)
 _STANDING = sql.SQL(
@@ -54,87 +52,6 @@ class NotBegun(Exception):
 
 class NoRoom(Exception):
     """A view's turn came and the server had no connection left for it; the message is the server's."""
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which views.
-
-    :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``; a
-        pattern without a dot is over the names of schema ``public``.
-    :param schemas: exact names of schemas, all views of which are meant.
-    :param exclude: names and patterns of views that are not meant after all.
-    :param feeds: whether everything that reads them is meant too, near and far.
-    :param needs: whether everything that they read is meant too, near and far.
-    :param stale: whether of all these only those are meant that are older than what they read, and what reads those.
-    :raises InvalidDefinition: when it is nothing of that, or selects nothing by its form.
-    """
-
-    views: Sequence[str] = ()
-    schemas: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    feeds: bool = False
-    needs: bool = False
-    stale: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("views", "schemas", "exclude"):
-            object.__setattr__(self, name, as_tuple(getattr(self, name), name, (str,)))
-        for name in ("feeds", "needs", "stale"):
-            check_flag(getattr(self, name), name)
-        for name in (*self.views, *self.exclude):
-            if not _is_pattern(name):
-                ViewName.parse(name)
-        if not self.views and not self.schemas:
-            raise InvalidDefinition(
-                "Which views? views= and schemas= are empty.",
-                hint="give views=['analytics.*'], schemas=['analytics'], or views=['*.*'] for all of the database.",
-            )
-
-    def of(self, graph: Graph, standing: Mapping[str, str | None]) -> frozenset[str]:
-        """Return the names of the views that are meant, but for :attr:`stale`.
-
-        :param standing: of each exact name, the view that it stands for in the graph; None where there is none.
-        :raises ViewNotFound: when an exact name stands for no materialized view.
-        """
-        missing = [name for name in self.views if not _is_pattern(name) and standing[name] is None]
-        if missing:
-            raise ViewNotFound(
-                f"No materialized view stands under {', '.join(missing)}.",
-                hint="create it first, mend the name, or use a pattern, which may select nothing.",
-            )
-        chosen = self._matching(self.views, graph, standing)
-        chosen |= {name for name, view in graph.views.items() if view.schema in self.schemas}
-        if self.feeds:
-            chosen |= graph.fed_by(chosen)
-        if self.needs:
-            chosen |= graph.needed_by(chosen)
-        return frozenset(chosen - self._matching(self.exclude, graph, standing))
-
-    def without_effect(self, graph: Graph, standing: Mapping[str, str | None]) -> list[str]:
-        """Return what is worth a warning: patterns and exceptions that mean no view."""
-        return [
-            f"{what}={name!r} means no materialized view; patterns are case-sensitive."
-            for what, names in (("views", self.views), ("exclude", self.exclude))
-            for name in names
-            if not self._matching([name], graph, standing)
-        ]
-
-    @staticmethod
-    def _matching(names: Sequence[str], graph: Graph, standing: Mapping[str, str | None]) -> set[str]:
-        exact = {standing[name] for name in names if not _is_pattern(name)}
-        patterns = [name if "." in name else f"public.{name}" for name in names if _is_pattern(name)]
-        matching = {
-            name
-            for name, view in graph.views.items()
-            if any(fnmatchcase(f"{view.schema}.{view.name}", pattern) for pattern in patterns)
-        }
-        return matching | {name for name in exact if name is not None}
-
-    @property
-    def exact_names(self) -> list[str]:
-        """The names that are no patterns."""
-        return [name for name in (*self.views, *self.exclude) if not _is_pattern(name)]
 
 
 @dataclass(frozen=True)
@@ -403,10 +320,6 @@ def _with_declared(graph: Graph, definitions: Mapping[str, DefinitionRecord]) ->
     return Graph(graph.views, needs, graph.sources, declared)
 
 
-def _is_pattern(name: str) -> bool:
-    return bool(_WILD & set(name)) and '"' not in name
-
-
 async def carry_out(
     fleet: Fleet,
     refresh: Callable[[str], Awaitable[ServiceResponse]],
@@ -521,4 +434,6 @@ def _record_skipped(
         report = Report.on(view, dict(terms.request))
         report.told(reason=reason, **more)
         runs.append((definitions[view].id, meta_of(report, terms, "skipped")))
-    return (yield from ledger.skip(Operation.REFRESH, runs, 0))
+    run_ids = yield from ledger.skip(Operation.REFRESH, runs, 0)
+    yield from retain(ledger, [definitions[view] for view, _ in views], ended=False)
+    return run_ids

@@ -174,8 +174,9 @@ class Ledger:
     tracking_schema: str
     redact: Callable[[str], str] = str
 
-    def _table(self, name: str) -> sql.Composable:
-        # Every statement below has parameters, so that psycopg would take a % in the schema's name for a placeholder.
+    def table(self, name: str) -> sql.Composable:
+        """Return a table of the record, as a part of a statement that has parameters."""
+        # psycopg would otherwise take a % in the schema's name for a placeholder.
         return raw(sql.Identifier(self.tracking_schema, name).as_string(None).replace("%", "%%"))
 
     def clean(self, value: Any) -> Any:
@@ -199,7 +200,7 @@ class Ledger:
         lookup = sql.SQL(
             "SELECT d.*, m.version AS ledger_version FROM (SELECT max(version) AS version FROM {}) m "
             "LEFT JOIN {} d ON d.schema_name = %s AND d.view_name = %s"
-        ).format(self._table("mat_view_migrations"), self._table("mat_view_definitions"))
+        ).format(self.table("mat_view_migrations"), self.table("mat_view_definitions"))
 
         def look() -> Work[dict[str, Any] | None]:
             return (yield from fetch_one(lookup, (view.schema, view.name), Session.RECORD))
@@ -224,7 +225,7 @@ class Ledger:
     def definitions(self) -> Work[list[DefinitionRecord]]:
         """Return every definition, by name."""
         rows = yield from fetch_all(
-            sql.SQL("SELECT * FROM {} ORDER BY name").format(self._table("mat_view_definitions")),
+            sql.SQL("SELECT * FROM {} ORDER BY name").format(self.table("mat_view_definitions")),
             (),
             Session.RECORD,
         )
@@ -260,7 +261,7 @@ class Ledger:
         try:
             row = yield from fetch_one(
                 sql.SQL("SELECT * FROM {} WHERE schema_name = %s AND view_name = %s").format(
-                    self._table("mat_view_definitions")
+                    self.table("mat_view_definitions")
                 ),
                 (view.schema, view.name),
                 Session.RECORD,
@@ -277,7 +278,7 @@ class Ledger:
 
         :param former: the row under the name that it has had.
         """
-        definitions = self._table("mat_view_definitions")
+        definitions = self.table("mat_view_definitions")
         rename = sql.SQL(
             "UPDATE {} SET name = %s, schema_name = %s, view_name = %s, updated_at = clock_timestamp() WHERE id = %s"
         ).format(definitions)
@@ -298,7 +299,7 @@ class Ledger:
         assert left is not None
         yield from fetch_all(
             sql.SQL("UPDATE {} SET mat_view_definition_id = %s WHERE mat_view_definition_id = %s").format(
-                self._table("mat_view_runs")
+                self.table("mat_view_runs")
             ),
             (former.id, left["id"]),
         )
@@ -344,7 +345,7 @@ class Ledger:
                 WHERE d.declaration = '{{}}' OR excluded.declaration <> '{{}}'
                 RETURNING d.*
                 """
-            ).format(self._table("mat_view_definitions")),
+            ).format(self.table("mat_view_definitions")),
             (
                 view.display,
                 view.schema,
@@ -381,7 +382,7 @@ class Ledger:
                 )
                 SELECT started.id, ARRAY(SELECT lost.id FROM lost ORDER BY lost.id) AS orphans FROM started
                 """
-            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR),
+            ).format(runs=self.table("mat_view_runs"), lost=_LOST_ERROR),
             {
                 "definition": definition_id,
                 "operation": operation,
@@ -402,7 +403,7 @@ class Ledger:
                 "SELECT r.id, d.schema_name, d.view_name, d.name FROM {} r JOIN {} d "
                 "ON d.id = r.mat_view_definition_id WHERE r.status = {} ORDER BY r.id"
             ).format(
-                self._table("mat_view_runs"), self._table("mat_view_definitions"), sql.Literal(int(RunStatus.RUNNING))
+                self.table("mat_view_runs"), self.table("mat_view_definitions"), sql.Literal(int(RunStatus.RUNNING))
             ),
             (),
             Session.RECORD,
@@ -420,7 +421,7 @@ class Ledger:
                 "UPDATE {runs} SET status = %(failed)s, finished_at = clock_timestamp(), "
                 "updated_at = clock_timestamp(), error = {lost} "
                 "WHERE id = %(id)s AND status = %(running)s AND NOT {held} RETURNING id"
-            ).format(runs=self._table("mat_view_runs"), lost=_LOST_ERROR, held=held),
+            ).format(runs=self.table("mat_view_runs"), lost=_LOST_ERROR, held=held),
             {
                 "failed": RunStatus.FAILED,
                 "error": Jsonb(_LOST),
@@ -439,7 +440,7 @@ class Ledger:
                 "SELECT id, duration_ms, meta FROM {} WHERE meta ? 'deferral' AND meta->>'deferral' = %s "
                 "AND status = ANY(%s) AND (status <> {} OR meta->'response'->>'status' IS NOT NULL) "
                 "ORDER BY id DESC LIMIT 1"
-            ).format(self._table("mat_view_runs"), sql.Literal(int(RunStatus.SKIPPED))),
+            ).format(self.table("mat_view_runs"), sql.Literal(int(RunStatus.SKIPPED))),
             (deferral, [int(RunStatus.SUCCESS), int(RunStatus.SKIPPED)]),
             Session.RECORD,
         )
@@ -462,7 +463,7 @@ class Ledger:
                 "FROM clock_timestamp() AS now, "
                 "unnest(%s::bigint[], %s::jsonb[]) WITH ORDINALITY AS new (definition_id, meta, position) "
                 "ORDER BY new.position RETURNING id"
-            ).format(self._table("mat_view_runs")),
+            ).format(self.table("mat_view_runs")),
             (
                 RunStatus.SKIPPED,
                 operation,
@@ -481,7 +482,7 @@ class Ledger:
             sql.SQL(
                 "UPDATE {} SET status = %s, finished_at = clock_timestamp(), duration_ms = %s, meta = %s, "
                 "updated_at = clock_timestamp() WHERE id = %s"
-            ).format(self._table("mat_view_runs")),
+            ).format(self.table("mat_view_runs")),
             (status, duration_ms, Jsonb(self.clean(meta)), run_id),
         )
 
@@ -497,7 +498,7 @@ class Ledger:
                 "FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace "
                 "JOIN pg_catalog.pg_rewrite w ON w.ev_class = c.oid AND w.rulename = '_RETURN' "
                 "WHERE n.nspname = %s AND c.relname = %s AND d.id = %s"
-            ).format(self._table("mat_view_definitions")),
+            ).format(self.table("mat_view_definitions")),
             (Jsonb(state), view.schema, view.name, definition_id),
         )
 
@@ -515,7 +516,7 @@ class Ledger:
                 sql.SQL(
                     "SELECT schema_name, view_name, source_state FROM {} WHERE %(schemas)s::text[] IS NULL OR "
                     "(schema_name, view_name) IN (SELECT * FROM unnest(%(schemas)s::text[], %(names)s::text[]))"
-                ).format(self._table("mat_view_definitions")),
+                ).format(self.table("mat_view_definitions")),
                 catalog.named(views),
                 Session.RECORD,
             )
@@ -535,7 +536,7 @@ class Ledger:
                 "UPDATE {} d SET source_state = d.source_state || '{{\"open\": []}}' "
                 "FROM unnest(%s::bigint[], %s::text[]) AS settled (id, at) "
                 "WHERE d.id = settled.id AND d.source_state->>'at' = settled.at"
-            ).format(self._table("mat_view_definitions")),
+            ).format(self.table("mat_view_definitions")),
             (list(settled), [at.isoformat() for at in settled.values()]),
             Session.RECORD,
         )
@@ -553,7 +554,7 @@ class Ledger:
                 "SELECT r.* FROM unnest(%s::bigint[]) AS wanted (id) CROSS JOIN LATERAL (SELECT id, "
                 "mat_view_definition_id, duration_ms, meta FROM {} WHERE mat_view_definition_id = wanted.id "
                 "AND status = %s AND operation = %s ORDER BY created_at DESC, id DESC LIMIT 1) r WHERE r.meta @> %s"
-            ).format(self._table("mat_view_runs")),
+            ).format(self.table("mat_view_runs")),
             (list(definition_ids), RunStatus.SUCCESS, Operation.REFRESH, Jsonb(whose)),
             Session.RECORD,
         )
@@ -565,7 +566,7 @@ class Ledger:
             sql.SQL(
                 "SELECT finished_at FROM {} WHERE mat_view_definition_id = %s AND status = %s AND operation < %s "
                 "ORDER BY created_at DESC, id DESC LIMIT 1"
-            ).format(self._table("mat_view_runs")),
+            ).format(self.table("mat_view_runs")),
             (definition_id, RunStatus.SUCCESS, Operation.DROP),
             Session.RECORD,
         )
@@ -590,7 +591,7 @@ class Ledger:
                 )
                 SELECT status FROM ended
                 """
-            ).format(runs=self._table("mat_view_runs")),
+            ).format(runs=self.table("mat_view_runs")),
             {
                 "id": run_id,
                 "failed": RunStatus.FAILED,
@@ -605,7 +606,7 @@ class Ledger:
         if row is None:
             # A statement of its own: its snapshot is newer than whatever the UPDATE had to wait for.
             row = yield from fetch_one(
-                sql.SQL("SELECT status FROM {} WHERE id = %s").format(self._table("mat_view_runs")),
+                sql.SQL("SELECT status FROM {} WHERE id = %s").format(self.table("mat_view_runs")),
                 (run_id,),
                 Session.RECORD,
             )
@@ -619,13 +620,13 @@ class Ledger:
             where = sql.SQL(
                 "WHERE mat_view_definition_id = "
                 "(SELECT id FROM {} WHERE schema_name = %(schema)s AND view_name = %(name)s)"
-            ).format(self._table("mat_view_definitions"))
+            ).format(self.table("mat_view_definitions"))
             parameters |= {"schema": view.schema, "name": view.name}
         rows = yield from fetch_all(
             sql.SQL(
                 "SELECT id, view, operation, status, started_at, finished_at, duration_ms, error, meta, created_at "
                 "FROM {} {} ORDER BY created_at DESC, id DESC LIMIT %(limit)s"
-            ).format(self._table("mat_view_run_history"), where),
+            ).format(self.table("mat_view_run_history"), where),
             parameters,
             Session.RECORD,
         )
@@ -648,7 +649,7 @@ class Ledger:
                   AND NOT meta ? 'imported_from'
                 ORDER BY created_at DESC, id DESC LIMIT %s
                 """
-            ).format(self._table("mat_view_runs")),
+            ).format(self.table("mat_view_runs")),
             (definition_id, RunStatus.SUCCESS, Operation.REFRESH, limit),
             Session.RECORD,
         )

@@ -21,7 +21,7 @@ from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.cron_commands import CronCommand, Refreshed, read_command
 from airflow_provider_matviews.services.cron_tables import CronJob, CronTables, read_runs, read_tables
-from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all, fetch_one, raw
+from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 
@@ -138,7 +138,7 @@ def _known(ledger: Ledger) -> Work[_Known]:
                   WHERE c.relkind = 'm') m
             FULL JOIN {} d ON d.schema_name = m.schema AND d.view_name = m.name
             """
-        ).format(_table(ledger, "mat_view_definitions")),
+        ).format(ledger.table("mat_view_definitions")),
         (),
         Session.RECORD,
     )
@@ -160,7 +160,7 @@ def _refreshed_by_airflow(ledger: Ledger, names: Mapping[int, ResolvedName]) -> 
                 AND created_at > clock_timestamp() - %s * interval '1 day'
                 ORDER BY created_at DESC, id DESC LIMIT 1) r
             """
-        ).format(_table(ledger, "mat_view_definitions"), _table(ledger, "mat_view_runs")),
+        ).format(ledger.table("mat_view_definitions"), ledger.table("mat_view_runs")),
         (Operation.REFRESH, _AIRFLOW_DAYS),
         Session.RECORD,
     )
@@ -196,7 +196,7 @@ def _position(ledger: Ledger) -> Work[tuple[int, datetime | None]]:
     """Return up to which run this role has dealt with them, and when it did."""
     row = yield from fetch_one(
         sql.SQL("SELECT runid, updated_at FROM {} WHERE role = current_user").format(
-            _table(ledger, "mat_view_cron_imports")
+            ledger.table("mat_view_cron_imports")
         ),
         (),
         Session.RECORD,
@@ -209,7 +209,7 @@ def _reached(ledger: Ledger, runid: int) -> Work[None]:
         sql.SQL(
             "INSERT INTO {} (role, runid) VALUES (current_user, %s) "
             "ON CONFLICT (role) DO UPDATE SET runid = excluded.runid, updated_at = clock_timestamp()"
-        ).format(_table(ledger, "mat_view_cron_imports")),
+        ).format(ledger.table("mat_view_cron_imports")),
         (runid,),
         Session.RECORD,
     )
@@ -310,7 +310,7 @@ def _insert(ledger: Ledger, runs: Sequence[Mapping[str, Any]]) -> Work[list[int]
                 finished_at timestamptz, duration_ms integer, error jsonb, meta jsonb, created_at timestamptz)
             ON CONFLICT DO NOTHING RETURNING mat_view_definition_id
             """
-        ).format(_table(ledger, "mat_view_runs")),
+        ).format(ledger.table("mat_view_runs")),
         (Jsonb(list(runs)),),
         Session.RECORD,
     )
@@ -377,8 +377,3 @@ def _unclear(job: CronJob, known: _Known) -> Iterator[str]:
             f"Runs of {job} are not imported for {', '.join(map(str, unnamed))}: its command changes the search path, "
             "so that which view that is cannot be told. Write the name with its schema."
         )
-
-
-def _table(ledger: Ledger, name: str) -> sql.Composable:
-    # Statements below have parameters, so that psycopg would take a % in the schema's name for a placeholder.
-    return raw(sql.Identifier(ledger.tracking_schema, name).as_string(None).replace("%", "%%"))

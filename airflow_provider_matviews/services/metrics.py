@@ -1,0 +1,388 @@
+"""What the record says of how views fare: their latest runs, failures, durations and sizes, of all views at once.
+
+Driven from the definitions, of which there are few, by LATERAL and the indexes of the runs: what it costs does not
+grow with the history. Over 5 million runs of 500 views a window function took 4.2 s for what this does in 15 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from statistics import fmean
+from typing import Any
+
+from psycopg import sql
+
+from airflow_provider_matviews.exceptions import ViewNotFound
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.graph import Graph
+from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
+from airflow_provider_matviews.services.ledger import Ledger, Operation, RunStatus
+from airflow_provider_matviews.services.locking import lock_name
+from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.selection import Selection
+
+#: A view that has failed for so long is no worse than one that has failed longer.
+_MOST_FAILURES = 1000
+_WORDS = {operation.value: operation.word for operation in Operation}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A run that came to an end, well or not.
+
+    :ivar status: ``success`` or ``failed``.
+    :ivar error: class, message, hint; None unless failed.
+    """
+
+    id: int
+    operation: str
+    status: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    duration_ms: int | None
+    error: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class RunningRun:
+    """A run that says ``running``.
+
+    :ivar process: the process, and its machine.
+    :ivar lost: whether that is gone: nothing holds the view's lock any more.
+    """
+
+    id: int
+    operation: str
+    started_at: datetime
+    process: str | None = None
+    lost: bool = False
+
+
+@dataclass(frozen=True)
+class ViewMetrics:
+    """How one view fares.
+
+    :ivar view: its name as one would type it; without its schema where that is ``public``.
+    :ivar at: now, by the server's clock.
+    :ivar recorded_at: since when it is on record; None where it is not.
+    :ivar stands: whether there is such a materialized view.
+    :ivar last_attempt: its latest run that succeeded or failed, whichever operation.
+    :ivar last_filled_at: when a create or a refresh last succeeded.
+    :ivar unchanged_at: when a refresh was last left out because nothing had changed, if that is among the latest.
+    :ivar consecutive_failures: how many runs have failed since the last that succeeded.
+    :ivar failing_since: when the first of those began.
+    :ivar failures_24h: how many failed within 24 hours.
+    :ivar running: the runs that say so.
+    :ivar durations_ms: of its latest successful refreshes, newest first.
+    :ivar row_counts: after the same refreshes, None where unknown; empty where they were not asked for.
+    :ivar heap_bytes: its size without indexes, now.
+    :ivar bloat: how many times the room of the last rebuild a row of it takes; None where unknown or not asked for.
+    """
+
+    view: str
+    schema_name: str
+    view_name: str
+    at: datetime
+    definition_id: int | None = None
+    managed: bool | None = None
+    recorded_at: datetime | None = None
+    stands: bool = True
+    last_attempt: Attempt | None = None
+    last_filled_at: datetime | None = None
+    unchanged_at: datetime | None = None
+    consecutive_failures: int = 0
+    failing_since: datetime | None = None
+    failures_24h: int = 0
+    running: tuple[RunningRun, ...] = ()
+    durations_ms: tuple[int, ...] = ()
+    row_counts: tuple[int | None, ...] = ()
+    heap_bytes: int | None = None
+    bloat: float | None = field(default=None)
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since it was last filled, or found unchanged; None where it never was."""
+        known = [each for each in (self.last_filled_at, self.unchanged_at) if each is not None]
+        return (self.at - max(known)).total_seconds() if known else None
+
+    @property
+    def average_ms(self) -> float | None:
+        """How long the successful refreshes took, all that were looked at; None before the first."""
+        return fmean(self.durations_ms) if self.durations_ms else None
+
+
+def read_metrics(
+    ledger: Ledger, selection: Selection, *, window: int = 20, rows: bool = True, bloat: bool = True
+) -> Work[list[ViewMetrics]]:
+    """Read how views fare, by name.
+
+    Patterns mean views that are on record and were not dropped by us. An exact name may also be of one that stands and
+    is not on record.
+
+    :param window: how many successful refreshes to look at, beside the latest.
+    :param rows: whether row counts are wanted, which the index does not hold.
+    :param bloat: whether sizes are wanted.
+    :raises ViewNotFound: when an exact name is of a view that neither stands nor is on record, or was dropped.
+    :raises MissingPrivilege: when the role may not use the run tables.
+    """
+    yield from ensure_schema(ledger.tracking_schema)
+    recorded = yield from _recorded(ledger)
+    standing, unknown = yield from _standing(selection, recorded)
+    graph = Graph({view.display: view for view in (*(view for _, view in recorded.values()), *unknown)}, {})
+    for note in selection.without_effect(graph, standing):
+        yield Note(note, warning=True)
+    chosen = selection.of(graph, standing)
+    found = yield from _read(
+        ledger, [recorded[name][0] for name in chosen if name in recorded], window, rows=rows, bloat=bloat
+    )
+    dropped = [each for each in found if not each.stands and _was_dropped(each)]
+    if gone := sorted({each.view for each in dropped} & set(standing.values())):
+        raise ViewNotFound(
+            f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} dropped; only the history is left.",
+            hint="create it again, or take its name out of views=...",
+        )
+    found = [each for each in found if each not in dropped]
+    at = found[0].at if found else None
+    if unknown and at is None:
+        at = (yield from fetch_all(sql.SQL("SELECT clock_timestamp() AS at"), None, Session.RECORD))[0]["at"]
+    found += [
+        ViewMetrics(view.display, view.schema, view.name, at)
+        for view in unknown
+        if at is not None and view.display in chosen
+    ]
+    return sorted((yield from _with_lost(ledger, found, recorded)), key=lambda each: each.view)
+
+
+def _was_dropped(metrics: ViewMetrics) -> bool:
+    last = metrics.last_attempt
+    return last is not None and last.operation == Operation.DROP.word and last.status == "success"
+
+
+def _recorded(ledger: Ledger) -> Work[dict[str, tuple[int, ResolvedName]]]:
+    rows = yield from fetch_all(
+        sql.SQL("SELECT id, schema_name, view_name, name FROM {}").format(ledger.table("mat_view_definitions")),
+        (),
+        Session.RECORD,
+    )
+    return {row["name"]: (row["id"], ResolvedName(row["schema_name"], row["view_name"], row["name"])) for row in rows}
+
+
+def _standing(
+    selection: Selection, recorded: Mapping[str, tuple[int, ResolvedName]]
+) -> Work[tuple[dict[str, str | None], list[ResolvedName]]]:
+    """Return which view each exact name means, and those among them that stand and are not on record."""
+    by_name = {(view.schema, view.name): view for _, view in recorded.values()}
+    standing: dict[str, str | None] = {}
+    unknown = []
+    for name in selection.exact_names:
+        view = yield from catalog.resolve(ViewName.parse(name), session=Session.RECORD)
+        known = by_name.get((view.schema, view.name))
+        if known is None:
+            (kind,) = yield from catalog.kinds_of(view, session=Session.RECORD)
+            if kind == catalog.MATERIALIZED_VIEW:
+                unknown.append(view)
+                known = view
+        standing[name] = None if known is None else known.display
+    return standing, unknown
+
+
+_METRICS = """
+    SELECT d.id, d.name AS view, d.schema_name, d.view_name, d.managed, d.created_at AS recorded_at,
+           clock_timestamp() AS at,
+           c.oid IS NOT NULL AS stands, {size} AS heap_bytes, c.reltuples,
+           last.id AS run_id, last.operation, last.status, last.started_at, last.finished_at, last.duration_ms,
+           last.error - 'backtrace' AS error,
+           filled.finished_at AS last_filled_at, unchanged.created_at AS unchanged_at,
+           failures.count AS consecutive_failures, failures.since AS failing_since, recent.count AS failures_24h,
+           (SELECT coalesce(jsonb_agg(jsonb_build_object('id', r.id, 'operation', r.operation,
+                       'started_at', r.started_at, 'process', r.meta->>'process') ORDER BY r.id), '[]')
+            FROM {runs} r WHERE r.mat_view_definition_id = d.id AND r.status = {running}) AS running,
+           ARRAY(SELECT r.duration_ms FROM {runs} r
+                 WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
+                   AND r.duration_ms IS NOT NULL
+                 ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s) AS durations,
+           {rows} AS row_counts, {rebuilt} AS rebuilt
+    FROM {definitions} d
+    LEFT JOIN LATERAL (
+        SELECT c.oid, c.reltuples FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = d.schema_name AND c.relname = d.view_name AND c.relkind = 'm'
+    ) c ON true
+    LEFT JOIN LATERAL (
+        -- One look at the index for each kind: sorted by time it is within a kind.
+        SELECT each.id, each.created_at
+        FROM (VALUES (0, {success}), (0, {failed}), (1, {success}), (1, {failed}), (2, {success}), (2, {failed}))
+             AS kind (operation, status)
+        CROSS JOIN LATERAL (
+            SELECT r.id, r.created_at FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = kind.status
+            ORDER BY r.created_at DESC, r.id DESC LIMIT 1
+        ) each
+        ORDER BY each.created_at DESC, each.id DESC LIMIT 1
+    ) newest ON true
+    LEFT JOIN {runs} last ON last.id = newest.id
+    LEFT JOIN LATERAL (
+        SELECT max(each.created_at) AS created_at
+        FROM (VALUES (0), (1), (2)) AS kind (operation)
+        CROSS JOIN LATERAL (
+            SELECT r.created_at FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {success}
+            ORDER BY r.created_at DESC, r.id DESC LIMIT 1
+        ) each
+    ) succeeded ON true
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS count, min(each.created_at) AS since
+        FROM (VALUES (0), (1), (2)) AS kind (operation)
+        CROSS JOIN LATERAL (
+            SELECT r.created_at FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {failed}
+              AND r.created_at > coalesce(succeeded.created_at, '-infinity')
+            ORDER BY r.created_at DESC, r.id DESC LIMIT {most}
+        ) each
+    ) failures ON true
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS count FROM {runs} r
+        WHERE r.mat_view_definition_id = d.id AND r.operation IN (0, 1, 2) AND r.status = {failed}
+          AND r.created_at >= clock_timestamp() - interval '24 hours'
+    ) recent ON true
+    LEFT JOIN LATERAL (
+        SELECT max(each.finished_at) AS finished_at
+        FROM (VALUES (0), (1)) AS kind (operation)
+        CROSS JOIN LATERAL (
+            SELECT r.finished_at FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {success}
+            ORDER BY r.created_at DESC, r.id DESC LIMIT 1
+        ) each
+    ) filled ON true
+    LEFT JOIN LATERAL (
+        SELECT max(each.created_at) AS created_at FROM (
+            SELECT r.created_at, r.meta FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {skipped}
+            ORDER BY r.created_at DESC, r.id DESC LIMIT 3
+        ) each
+        WHERE each.meta->'response'->>'spared' = 'unchanged' OR each.meta->'response' ? 'already'
+    ) unchanged ON true
+    WHERE d.id = ANY(%(ids)s)
+"""
+_ROW_COUNTS = """
+    ARRAY(SELECT (r.meta->>'row_count_after')::bigint FROM {runs} r
+          WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
+            AND r.duration_ms IS NOT NULL
+          ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
+"""
+#: A hundred refreshes without a rebuild leave it unknown how large a rebuilt view would be.
+_REBUILT = """
+    (SELECT (each.meta->'response'->>'heap_bytes')::float8 / (each.meta->>'row_count_after')::float8 FROM (
+         SELECT r.meta, r.created_at, r.id FROM {runs} r
+         WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
+         ORDER BY r.created_at DESC, r.id DESC LIMIT 100
+     ) each
+     WHERE each.meta->>'strategy' IN ('swap', 'regular') AND (each.meta->>'row_count_after')::bigint > 0
+       AND (each.meta->'response'->>'heap_bytes')::bigint > 0
+     ORDER BY each.created_at DESC, each.id DESC LIMIT 1)
+"""
+
+
+def _read(ledger: Ledger, ids: Sequence[int], window: int, *, rows: bool, bloat: bool) -> Work[list[ViewMetrics]]:
+    if not ids:
+        return []
+    names: dict[str, sql.Composable] = {
+        "runs": ledger.table("mat_view_runs"),
+        "definitions": ledger.table("mat_view_definitions"),
+        "refresh": sql.Literal(int(Operation.REFRESH)),
+        "most": sql.Literal(_MOST_FAILURES),
+        **{status.name.lower(): sql.Literal(int(status)) for status in RunStatus},
+    }
+    names["rows"] = sql.SQL(_ROW_COUNTS).format(**names) if rows else sql.SQL("'{{}}'::bigint[]")
+    names["rebuilt"] = sql.SQL(_REBUILT).format(**names) if bloat else sql.SQL("NULL::float8")
+    names["size"] = sql.SQL("pg_catalog.pg_relation_size(c.oid)") if bloat else sql.SQL("NULL::bigint")
+    found = yield from fetch_all(
+        sql.SQL(_METRICS).format(**names), {"ids": list(ids), "window": window + 1}, Session.RECORD
+    )
+    return [_metrics(row) for row in found]
+
+
+def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
+    attempt = None
+    if row["run_id"] is not None:
+        attempt = Attempt(
+            row["run_id"],
+            _WORDS[row["operation"]],
+            RunStatus(row["status"]).name.lower(),
+            row["started_at"],
+            row["finished_at"],
+            row["duration_ms"],
+            row["error"],
+        )
+    bloat = None
+    if row["rebuilt"] and row["heap_bytes"] and row["reltuples"] > 0:
+        bloat = row["heap_bytes"] / row["reltuples"] / row["rebuilt"]
+    return ViewMetrics(
+        view=row["view"],
+        schema_name=row["schema_name"],
+        view_name=row["view_name"],
+        at=row["at"],
+        definition_id=row["id"],
+        managed=row["managed"],
+        recorded_at=row["recorded_at"],
+        stands=row["stands"],
+        last_attempt=attempt,
+        last_filled_at=row["last_filled_at"],
+        unchanged_at=row["unchanged_at"],
+        consecutive_failures=row["consecutive_failures"],
+        failing_since=row["failing_since"],
+        failures_24h=row["failures_24h"],
+        running=tuple(
+            RunningRun(
+                each["id"],
+                _WORDS[each["operation"]],
+                datetime.fromisoformat(each["started_at"]),
+                each["process"],
+            )
+            for each in row["running"]
+        ),
+        durations_ms=tuple(row["durations"]),
+        row_counts=tuple(row["row_counts"]),
+        heap_bytes=row["heap_bytes"],
+        bloat=bloat,
+    )
+
+
+def _with_lost(
+    ledger: Ledger, found: Iterable[ViewMetrics], recorded: Mapping[str, tuple[int, ResolvedName]]
+) -> Work[list[ViewMetrics]]:
+    """Say of each running run whether its process is gone."""
+    found = list(found)
+    locks = {run.id: lock_name(recorded[each.view][1]) for each in found for run in each.running}
+    if not locks:
+        return found
+    free = yield from fetch_all(
+        sql.SQL(
+            "SELECT given.id FROM unnest(%s::bigint[], %s::text[]) AS given (id, lock) WHERE NOT EXISTS ("
+            "SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended(given.lock, 0) AS key) k "
+            "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.database = "
+            "(SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
+            "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
+        ),
+        (list(locks), list(locks.values())),
+        Session.RECORD,
+    )
+    # By a statement of its own, whose snapshot is newer: a run that ended meanwhile does not say `running` in it, since
+    # a lock is released after what was done under it can be seen.
+    still = yield from fetch_all(
+        sql.SQL("SELECT id FROM {} WHERE id = ANY(%s) AND status = %s").format(ledger.table("mat_view_runs")),
+        ([row["id"] for row in free], RunStatus.RUNNING),
+        Session.RECORD,
+    )
+    lost = {row["id"] for row in still}
+    ended = {row["id"] for row in free} - lost
+    return [
+        replace(
+            each,
+            running=tuple(replace(run, lost=run.id in lost) for run in each.running if run.id not in ended),
+        )
+        for each in found
+    ]
