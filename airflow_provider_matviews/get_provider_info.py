@@ -36,6 +36,29 @@ def get_provider_info() -> dict[str, Any]:
                 ],
             }
         ],
+        "extra-links": ["airflow_provider_matviews.links.matview.MatViewRunLink"],
+        "plugins": [
+            {
+                "name": "matviews",
+                "plugin-class": "airflow_provider_matviews.plugins.matviews.MatViewsPlugin",
+            }
+        ],
+        "config": {
+            "matviews": {
+                "description": "The page that shows materialized views and their runs.",
+                "options": {
+                    "connections": {
+                        "description": "The connections whose views are shown to those who may read them, with commas "
+                        "between: ids, or id=tracking_schema where that is not ``matviews``. None are shown where this "
+                        "is empty.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "warehouse, finance=matviews_finance",
+                        "default": "",
+                    },
+                },
+            }
+        },
         "sensors": [
             {
                 "integration-name": "PostgreSQL materialized views",

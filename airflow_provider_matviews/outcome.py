@@ -78,6 +78,12 @@ def log_error(log: logging.Logger | Any, error: BaseException, redact: Callable[
         log_statements(log, so_far, redact)
 
 
+def recorded_run_id(error: BaseException) -> int | None:
+    """Return the id of the run row that an error is of; None where none was written."""
+    response = getattr(error, "response", None)
+    return response.run_id if isinstance(response, ServiceResponse) else None
+
+
 def pack_error(error: BaseException, redact: Callable[[str], str] = str) -> dict[str, Any]:
     """Return an error as plain data; :func:`unpack_error` makes one of the same class of it.
 
@@ -88,6 +94,7 @@ def pack_error(error: BaseException, redact: Callable[[str], str] = str) -> dict
         "class": type(error).__qualname__,
         "message": redact(error.message if isinstance(error, MatViewError) else str(error)),
         "hint": redact(error.hint) if isinstance(error, MatViewError) and error.hint else None,
+        "run_id": recorded_run_id(error),
         "notes": [redact(note) for note in getattr(error, "__notes__", ())],
         "more": {
             name: [redact(each) for each in value]

@@ -49,7 +49,7 @@ class DagRun:
 
 
 @functools.cache
-def _make_metadata_database() -> None:
+def make_metadata_database() -> None:
     initdb()
     DagBundlesManager().sync_bundles_to_db()
 
@@ -71,7 +71,7 @@ def set_connection(
 
 def run_dag(dag: DAG) -> DagRun:
     """Run a DAG once, to its end, however it ends; what it and Airflow print goes into the outcome's log."""
-    _make_metadata_database()
+    make_metadata_database()
     bag = DagBag(dag_folder=conf.get("core", "dags_folder"))
     bag.bag_dag(dag)
     sync_bag_to_db(bag, "dags-folder", None)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from typing import Any
+from typing import Any, TypeVar
 
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.server import ServerHook
@@ -13,15 +13,18 @@ from airflow_provider_matviews.retention import RetentionPolicy
 from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_views
+from airflow_provider_matviews.services.browsing import read_only, recorded
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
-from airflow_provider_matviews.services.ledger import DefinitionRecord, Run
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
 from airflow_provider_matviews.services.metrics import ViewMetrics, read_metrics
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.pg_cron import CronImport, import_runs
 from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.retention import PruneResponse, Pruning, prune_runs
 from airflow_provider_matviews.services.selection import Selection
+
+_T = TypeVar("_T")
 
 
 class RecordHook(ServerHook):
@@ -61,6 +64,17 @@ class RecordHook(ServerHook):
             return (yield from self._ledger.definitions())
 
         return self._read(read())
+
+    def browse(self, question: Callable[[Ledger], Work[_T | None]], *, seconds: float = 5.0) -> _T | None:
+        """Ask the record something for somebody who waits at a screen. Nothing is changed, not even tables made.
+
+        :param question: of ``services/browsing.py``.
+        :param seconds: that one statement may take.
+        :returns: None where there is nothing of the kind, or no run tables yet.
+        :raises MissingPrivilege: when the role may not read the run tables.
+        :raises psycopg.errors.QueryCanceled: when a statement took longer.
+        """
+        return self._read(recorded(self._ledger, lambda ledger: read_only(question(ledger), seconds)))
 
     def metrics(
         self,
@@ -113,8 +127,8 @@ class RecordHook(ServerHook):
     async def acheck(self, views: Sequence[str] = ("*.*",), **arguments: Any) -> Checkup:
         """Do as :meth:`check` does, on an asynchronous connection, for a triggerer."""
         rules = dict(arguments)
-        others = [rules.pop(name, default) for name, default in (("schemas", ()), ("exclude", ()), ("overrides", None))]
-        return await self._arun(lambda: self._checkup(views, *others, rules))
+        schemas, exclude, overrides = rules.pop("schemas", ()), rules.pop("exclude", ()), rules.pop("overrides", None)
+        return await self._arun(lambda: self._checkup(views, schemas, exclude, overrides, rules))
 
     def _checkup(
         self,

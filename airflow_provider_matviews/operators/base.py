@@ -11,16 +11,26 @@ from uuid import uuid4
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, AssetAlias, BaseOperator, conf
 
+from airflow_provider_matviews import lineage
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.matview import MatViewHook
-from airflow_provider_matviews.outcome import log_error, log_statements, stood_back, summary, unpack_error
+from airflow_provider_matviews.links.matview import MatViewRunLink
+from airflow_provider_matviews.outcome import (
+    log_error,
+    log_statements,
+    recorded_run_id,
+    stood_back,
+    summary,
+    unpack_error,
+)
 from airflow_provider_matviews.services.response import ServiceResponse
 from airflow_provider_matviews.timeouts import LONGEST, Timeouts
 from airflow_provider_matviews.triggers.matview import MatViewTrigger
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
+    from airflow.providers.openlineage.extractors import OperatorLineage
 
 
 #: A deferred operation for which no limit is given ends after a day: Airflow itself would leave it for ever.
@@ -42,6 +52,7 @@ class HookOperator(BaseOperator):
 
     template_fields: Sequence[str] = ("conn_id", "tracking_schema")
     ui_color = "#e6f1f2"
+    operator_extra_links = (MatViewRunLink(),)
 
     def __init__(
         self,
@@ -67,6 +78,17 @@ class HookOperator(BaseOperator):
         # Not `dry_run`: that is a method of BaseOperator.
         self.is_dry_run = dry_run
         self._hook: MatViewHook | None = None
+        #: The row in ``mat_view_runs`` of what the task has done, for the link to it.
+        self.recorded_run_id: int | None = None
+        #: What OpenLineage is told when it asks, after the end.
+        self._lineage: Mapping[str, Any] | None = None
+
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+        """Return what was read and written, as the catalogs say; OpenLineage asks when the task has ended, also badly.
+
+        :param task_instance: of the task.
+        """
+        return lineage.facets(self._lineage)
 
     def on_kill(self) -> None:
         """Stop the statements on the server; what they had done is undone there."""
@@ -80,18 +102,23 @@ class HookOperator(BaseOperator):
         try:
             yield hook
         except Exception as error:
+            self.recorded_run_id = recorded_run_id(error)
             log_error(self.log, error, hook.redact)
             raise
         finally:
             self._hook = None
+            if hook.wants_lineage:
+                self._lineage = lineage.told_by(hook)
 
     def _make_hook(self, context: Context) -> MatViewHook:
-        return MatViewHook(
+        hook = MatViewHook(
             postgres_conn_id=self.conn_id,
             tracking_schema=self.tracking_schema,
             context=_whose(context),
             longest=self._longest(),
         )
+        hook.wants_lineage = lineage.enabled()
+        return hook
 
     def _terms(self) -> dict[str, Any]:
         return {
@@ -151,11 +178,13 @@ class Deferral:
 
     deferrable: bool
     cancel_on_kill: bool
+    recorded_run_id: int | None
+    _lineage: Mapping[str, Any] | None
 
     def _defer_to(
         self,
         context: Context,
-        operation: Literal["create", "refresh", "refresh_many"],
+        operation: Literal["create", "refresh", "refresh_many", "verify_many"],
         subject: str | MatViewDefinition | None,
         arguments: Mapping[str, Any],
         limits: Timeouts,
@@ -177,14 +206,18 @@ class Deferral:
             cancel_on_kill=self.cancel_on_kill,
         )
         self.log.info(
-            "Deferred: the triggerer carries out the %s, for %g s at the most.", operation.replace("_many", ""), seconds
+            "Deferred: the triggerer carries out the %s, for %g s at the most.",
+            {"verify_many": "verification"}.get(operation, operation.removesuffix("_many")),
+            seconds,
         )
         self.defer(trigger=trigger, method_name="execute_complete", timeout=timedelta(seconds=seconds + _GRACE))
 
     def _raise_from(self, event: Mapping[str, Any]) -> None:
-        """Raise the error that the trigger tells of, if any."""
+        """Raise the error that the trigger tells of, if any; and take what it tells OpenLineage."""
         assert isinstance(self, HookOperator)
+        self._lineage = event.get("lineage")
         if "error" in event:
+            self.recorded_run_id = event["error"].get("run_id")
             error = unpack_error(event["error"])
             log_error(self.log, error)
             raise error
@@ -226,6 +259,7 @@ class ViewOperator(HookOperator):
     def _conclude(
         self, context: Context, hook: MatViewHook, summary: dict[str, Any], stood_back: bool
     ) -> dict[str, Any]:
+        self.recorded_run_id = summary["mat_view_run_id"]
         if stood_back:
             raise AirflowSkipException(f"{summary['view']}: {summary['reason']}.")
         self._emit_events(context, hook, summary)

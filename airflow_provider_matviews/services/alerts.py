@@ -171,12 +171,11 @@ def check_views(ledger: Ledger, selection: Selection, book: RuleBook) -> Work[Ch
 
 def breaches_of(metrics: ViewMetrics, rules: AlertRules) -> Iterable[Breach]:
     """Return the rules that a view breaks."""
-    trimmed = replace(
-        metrics,
-        durations_ms=metrics.durations_ms[: rules.window + 1],
-        row_counts=metrics.row_counts[: rules.window + 1],
-    )
-    return [breach for judge in _JUDGES for breach in judge(trimmed, rules)]
+    if len(metrics.durations_ms) > rules.window + 1:
+        # Another view's window is longer.
+        size = rules.window + 1
+        metrics = replace(metrics, durations_ms=metrics.durations_ms[:size], row_counts=metrics.row_counts[:size])
+    return [breach for judge in _JUDGES for breach in judge(metrics, rules)]
 
 
 def _failed(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:

@@ -632,6 +632,18 @@ class Ledger:
         )
         return [Run(**row) for row in rows]
 
+    def run(self, run_id: int) -> Work[Run | None]:
+        """Return one run, or None."""
+        row = yield from fetch_one(
+            sql.SQL(
+                "SELECT id, view, operation, status, started_at, finished_at, duration_ms, error, meta, created_at "
+                "FROM {} WHERE id = %s"
+            ).format(self.table("mat_view_run_history")),
+            (run_id,),
+            Session.RECORD,
+        )
+        return None if row is None else Run(**row)
+
     def past_refreshes(self, definition_id: int, limit: int = 20) -> Work[list[PastRefresh]]:
         """Return a view's latest successful refreshes by us, newest first."""
         rows = yield from fetch_all(

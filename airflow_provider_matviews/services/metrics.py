@@ -192,12 +192,13 @@ def _standing(
 
 _METRICS = """
     SELECT d.id, d.name AS view, d.schema_name, d.view_name, d.managed, d.created_at AS recorded_at,
-           clock_timestamp() AS at,
+           statement_timestamp() AS at,
            c.oid IS NOT NULL AS stands, {size} AS heap_bytes, c.reltuples,
            last.id AS run_id, last.operation, last.status, last.started_at, last.finished_at, last.duration_ms,
            last.error - 'backtrace' AS error,
            filled.finished_at AS last_filled_at, unchanged.created_at AS unchanged_at,
-           failures.count AS consecutive_failures, failures.since AS failing_since, recent.count AS failures_24h,
+           failures.consecutive AS consecutive_failures, failures.since AS failing_since,
+           failures.lately AS failures_24h,
            (SELECT coalesce(jsonb_agg(jsonb_build_object('id', r.id, 'operation', r.operation,
                        'started_at', r.started_at, 'process', r.meta->>'process') ORDER BY r.id), '[]')
             FROM {runs} r WHERE r.mat_view_definition_id = d.id AND r.status = {running}) AS running,
@@ -211,52 +212,37 @@ _METRICS = """
         SELECT c.oid, c.reltuples FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = d.schema_name AND c.relname = d.view_name AND c.relkind = 'm'
     ) c ON true
-    LEFT JOIN LATERAL (
+    CROSS JOIN LATERAL (
         -- One look at the index for each kind: sorted by time it is within a kind.
-        SELECT each.id, each.created_at
+        SELECT (array_agg(each.id ORDER BY each.created_at DESC, each.id DESC))[1] AS id,
+               coalesce(max(each.created_at) FILTER (WHERE each.status = {success}), '-infinity') AS succeeded_at,
+               max(each.created_at) FILTER (WHERE each.status = {failed}) AS failed_at,
+               (array_agg(each.id ORDER BY each.created_at DESC, each.id DESC)
+                FILTER (WHERE each.status = {success} AND each.operation < {drop}))[1] AS filled_id
         FROM (VALUES (0, {success}), (0, {failed}), (1, {success}), (1, {failed}), (2, {success}), (2, {failed}))
              AS kind (operation, status)
         CROSS JOIN LATERAL (
-            SELECT r.id, r.created_at FROM {runs} r
+            SELECT r.id, r.operation, r.status, r.created_at FROM {runs} r
             WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = kind.status
             ORDER BY r.created_at DESC, r.id DESC LIMIT 1
         ) each
-        ORDER BY each.created_at DESC, each.id DESC LIMIT 1
-    ) newest ON true
+    ) newest
     LEFT JOIN {runs} last ON last.id = newest.id
-    LEFT JOIN LATERAL (
-        SELECT max(each.created_at) AS created_at
-        FROM (VALUES (0), (1), (2)) AS kind (operation)
-        CROSS JOIN LATERAL (
-            SELECT r.created_at FROM {runs} r
-            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {success}
-            ORDER BY r.created_at DESC, r.id DESC LIMIT 1
-        ) each
-    ) succeeded ON true
-    LEFT JOIN LATERAL (
-        SELECT count(*) AS count, min(each.created_at) AS since
+    LEFT JOIN {runs} filled ON filled.id = newest.filled_id
+    CROSS JOIN LATERAL (
+        -- Counted only where there is one to count.
+        SELECT count(*) FILTER (WHERE each.created_at > newest.succeeded_at) AS consecutive,
+               min(each.created_at) FILTER (WHERE each.created_at > newest.succeeded_at) AS since,
+               count(*) FILTER (WHERE each.created_at >= statement_timestamp() - interval '24 hours') AS lately
         FROM (VALUES (0), (1), (2)) AS kind (operation)
         CROSS JOIN LATERAL (
             SELECT r.created_at FROM {runs} r
             WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {failed}
-              AND r.created_at > coalesce(succeeded.created_at, '-infinity')
+              AND r.created_at >= least(newest.succeeded_at, statement_timestamp() - interval '24 hours')
             ORDER BY r.created_at DESC, r.id DESC LIMIT {most}
         ) each
-    ) failures ON true
-    LEFT JOIN LATERAL (
-        SELECT count(*) AS count FROM {runs} r
-        WHERE r.mat_view_definition_id = d.id AND r.operation IN (0, 1, 2) AND r.status = {failed}
-          AND r.created_at >= clock_timestamp() - interval '24 hours'
-    ) recent ON true
-    LEFT JOIN LATERAL (
-        SELECT max(each.finished_at) AS finished_at
-        FROM (VALUES (0), (1)) AS kind (operation)
-        CROSS JOIN LATERAL (
-            SELECT r.finished_at FROM {runs} r
-            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {success}
-            ORDER BY r.created_at DESC, r.id DESC LIMIT 1
-        ) each
-    ) filled ON true
+        WHERE newest.failed_at >= least(newest.succeeded_at, statement_timestamp() - interval '24 hours')
+    ) failures
     LEFT JOIN LATERAL (
         SELECT max(each.created_at) AS created_at FROM (
             SELECT r.created_at, r.meta FROM {runs} r
@@ -293,6 +279,7 @@ def _read(ledger: Ledger, ids: Sequence[int], window: int, *, rows: bool, bloat:
         "runs": ledger.table("mat_view_runs"),
         "definitions": ledger.table("mat_view_definitions"),
         "refresh": sql.Literal(int(Operation.REFRESH)),
+        "drop": sql.Literal(int(Operation.DROP)),
         "most": sql.Literal(_MOST_FAILURES),
         **{status.name.lower(): sql.Literal(int(status)) for status in RunStatus},
     }
