@@ -100,7 +100,12 @@ class RecordHook(ServerHook):
         """
         selection = Selection(views, schemas, exclude)
         window = AlertRules(window=window, min_samples=1).window
-        return self._read(read_metrics(self._ledger, selection, window=window))
+
+        def read() -> Work[list[ViewMetrics]]:
+            yield from ensure_schema(self.tracking_schema)
+            return (yield from read_metrics(self._ledger, selection, window=window))
+
+        return self._read(read())
 
     def check(
         self,
@@ -162,7 +167,7 @@ class RecordHook(ServerHook):
         exclude: Sequence[str] = (),
         dry_run: bool = False,
         batch_size: int = 5000,
-        pause: float = 0.1,
+        pause: float = 0.05,
         vacuum: bool = False,
         **limits: Any,
     ) -> PruneResponse:

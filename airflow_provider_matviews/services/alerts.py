@@ -14,6 +14,7 @@ from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.metrics import RunningRun, ViewMetrics, read_metrics
+from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.selection import Selection, is_meant
 
 #: Of a smaller view it does not matter how much of its room is free (8 MiB).
@@ -150,6 +151,7 @@ def check_views(ledger: Ledger, selection: Selection, book: RuleBook) -> Work[Ch
     :raises ViewNotFound: as of :func:`read_metrics`, and when there is none to look at: an alert that looks
         in the wrong place would never be heard.
     """
+    yield from ensure_schema(ledger.tracking_schema)
     metrics = yield from read_metrics(
         ledger,
         selection,

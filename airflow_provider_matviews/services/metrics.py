@@ -22,7 +22,6 @@ from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import lock_name
-from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.selection import Selection
 
 #: A view that has failed for so long is no worse than one that has failed longer.
@@ -36,6 +35,8 @@ class Attempt:
 
     :ivar status: ``success`` or ``failed``.
     :ivar error: class, message, hint; None unless failed.
+    :ivar strategy: how it refreshed, where it did.
+    :ivar dag_id: whose task it was; None where it was nobody's.
     """
 
     id: int
@@ -45,6 +46,8 @@ class Attempt:
     finished_at: datetime | None
     duration_ms: int | None
     error: Mapping[str, Any] | None = None
+    strategy: str | None = None
+    dag_id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class ViewMetrics:
     :ivar failures_24h: how many failed within 24 hours.
     :ivar running: the runs that say so.
     :ivar durations_ms: of its latest successful refreshes, newest first.
+    :ivar begun_at: when these began; empty where that was not asked for.
+    :ivar row_count: after it was last filled; None where unknown.
     :ivar row_counts: after the same refreshes, None where unknown; empty where they were not asked for.
     :ivar heap_bytes: its size without indexes, now.
     :ivar bloat: how many times the room of the last rebuild a row of it takes; None where unknown or not asked for.
@@ -99,6 +104,8 @@ class ViewMetrics:
     failures_24h: int = 0
     running: tuple[RunningRun, ...] = ()
     durations_ms: tuple[int, ...] = ()
+    begun_at: tuple[datetime, ...] = ()
+    row_count: int | None = None
     row_counts: tuple[int | None, ...] = ()
     heap_bytes: int | None = None
     bloat: float | None = field(default=None)
@@ -116,7 +123,13 @@ class ViewMetrics:
 
 
 def read_metrics(
-    ledger: Ledger, selection: Selection, *, window: int = 20, rows: bool = True, bloat: bool = True
+    ledger: Ledger,
+    selection: Selection,
+    *,
+    window: int = 20,
+    times: bool = False,
+    rows: bool = True,
+    bloat: bool = True,
 ) -> Work[list[ViewMetrics]]:
     """Read how views fare, by name.
 
@@ -124,12 +137,12 @@ def read_metrics(
     is not on record.
 
     :param window: how many successful refreshes to look at, beside the latest.
+    :param times: whether it is wanted when each of them began.
     :param rows: whether row counts are wanted, which the index does not hold.
     :param bloat: whether sizes are wanted.
     :raises ViewNotFound: when an exact name is of a view that neither stands nor is on record, or was dropped.
-    :raises MissingPrivilege: when the role may not use the run tables.
+    :raises psycopg.errors.UndefinedTable: when there are no run tables yet.
     """
-    yield from ensure_schema(ledger.tracking_schema)
     recorded = yield from _recorded(ledger)
     standing, unknown = yield from _standing(selection, recorded)
     graph = Graph({view.display: view for view in (*(view for _, view in recorded.values()), *unknown)}, {})
@@ -137,7 +150,7 @@ def read_metrics(
         yield Note(note, warning=True)
     chosen = selection.of(graph, standing)
     found = yield from _read(
-        ledger, [recorded[name][0] for name in chosen if name in recorded], window, rows=rows, bloat=bloat
+        ledger, [recorded[name][0] for name in chosen if name in recorded], window, times=times, rows=rows, bloat=bloat
     )
     dropped = [each for each in found if not each.stands and _was_dropped(each)]
     if gone := sorted({each.view for each in dropped} & set(standing.values())):
@@ -195,7 +208,7 @@ _METRICS = """
            statement_timestamp() AS at,
            c.oid IS NOT NULL AS stands, {size} AS heap_bytes, c.reltuples,
            last.id AS run_id, last.operation, last.status, last.started_at, last.finished_at, last.duration_ms,
-           last.error - 'backtrace' AS error,
+           last.error - 'backtrace' AS error, last.meta->>'strategy' AS strategy, last.meta->>'dag_id' AS dag_id,
            filled.finished_at AS last_filled_at, unchanged.created_at AS unchanged_at,
            failures.consecutive AS consecutive_failures, failures.since AS failing_since,
            failures.lately AS failures_24h,
@@ -206,7 +219,8 @@ _METRICS = """
                  WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
                    AND r.duration_ms IS NOT NULL
                  ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s) AS durations,
-           {rows} AS row_counts, {rebuilt} AS rebuilt
+           {times} AS times, {rows} AS row_counts, {rebuilt} AS rebuilt,
+           (filled.meta->>'row_count_after')::bigint AS row_count
     FROM {definitions} d
     LEFT JOIN LATERAL (
         SELECT c.oid, c.reltuples FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
@@ -253,6 +267,12 @@ _METRICS = """
     ) unchanged ON true
     WHERE d.id = ANY(%(ids)s)
 """
+_TIMES = """
+    ARRAY(SELECT r.created_at FROM {runs} r
+          WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
+            AND r.duration_ms IS NOT NULL
+          ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
+"""
 _ROW_COUNTS = """
     ARRAY(SELECT (r.meta->>'row_count_after')::bigint FROM {runs} r
           WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
@@ -272,7 +292,9 @@ _REBUILT = """
 """
 
 
-def _read(ledger: Ledger, ids: Sequence[int], window: int, *, rows: bool, bloat: bool) -> Work[list[ViewMetrics]]:
+def _read(
+    ledger: Ledger, ids: Sequence[int], window: int, *, times: bool, rows: bool, bloat: bool
+) -> Work[list[ViewMetrics]]:
     if not ids:
         return []
     names: dict[str, sql.Composable] = {
@@ -283,6 +305,7 @@ def _read(ledger: Ledger, ids: Sequence[int], window: int, *, rows: bool, bloat:
         "most": sql.Literal(_MOST_FAILURES),
         **{status.name.lower(): sql.Literal(int(status)) for status in RunStatus},
     }
+    names["times"] = sql.SQL(_TIMES).format(**names) if times else sql.SQL("'{{}}'::timestamptz[]")
     names["rows"] = sql.SQL(_ROW_COUNTS).format(**names) if rows else sql.SQL("'{{}}'::bigint[]")
     names["rebuilt"] = sql.SQL(_REBUILT).format(**names) if bloat else sql.SQL("NULL::float8")
     names["size"] = sql.SQL("pg_catalog.pg_relation_size(c.oid)") if bloat else sql.SQL("NULL::bigint")
@@ -303,6 +326,8 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
             row["finished_at"],
             row["duration_ms"],
             row["error"],
+            row["strategy"],
+            row["dag_id"],
         )
     bloat = None
     if row["rebuilt"] and row["heap_bytes"] and row["reltuples"] > 0:
@@ -332,6 +357,8 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
             for each in row["running"]
         ),
         durations_ms=tuple(row["durations"]),
+        begun_at=tuple(row["times"]),
+        row_count=row["row_count"],
         row_counts=tuple(row["row_counts"]),
         heap_bytes=row["heap_bytes"],
         bloat=bloat,
