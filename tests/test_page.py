@@ -15,12 +15,16 @@ from airflow.sdk import DAG
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from httpx import Response
+from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.operators.matview import CreateMatViewOperator, RefreshMatViewOperator
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.locking import lock_key
 from airflow_provider_matviews.web.settings import shown_connections
 from tests.airflow_dags import make_metadata_database, run_dag, set_connection
 from tests.conftest import Database, hook_on
+from tests.histories import FAILED, RUNNING, SKIPPED, SUCCESS, Past, define, live_through, steady
 
 Get = Callable[..., Response]
 HOSTILE = '<script>alert("x")</script>'
@@ -54,7 +58,11 @@ def get(db: Database, monkeypatch: pytest.MonkeyPatch) -> Get:
 
 def test_nobody_sees_what_is_not_theirs(db: Database, get: Get) -> None:
     hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
-    run, unknown = "/api/v1/connections/views/runs/1", "/api/v1/connections/views/runs/2"
+    prefix = "/api/v1/connections/views"
+    run, unknown = f"{prefix}/runs/1", f"{prefix}/runs/2"
+    readable = [
+        f"{prefix}/{path}" for path in ("views", "runs", "staleness", "views/public/mv", "views/public/mv/catalog")
+    ]
     shell = ("/", "/static/app.js", "/static/style.css", "/api/v1/openapi.json", "/api/v1/connections")
     others = (
         "/api/v1/connections/hidden/runs/1",
@@ -72,6 +80,9 @@ def test_nobody_sees_what_is_not_theirs(db: Database, get: Get) -> None:
         "op": [200, 404, 404, 404, 404],
         "admin": [200, 404, 404, 404, 404],
     }
+    for path in readable:
+        statuses = [get(path, role).status_code for role in (None, "viewer", "user", "op", "admin")]
+        assert statuses == [401, 403, 403, 200, 200], path
     for path in shell:
         assert get(path, None).status_code == (307 if path == "/" else 401)
         assert get(path, "viewer").status_code == 200
@@ -93,6 +104,98 @@ def test_a_run_is_shown_with_everything_that_is_recorded_of_it(db: Database, get
     assert get(f"/api/v1/connections/views/runs/{create.id}").json()["previous_id"] is None
 
 
+def test_views_are_listed_with_their_state(db: Database, get: Get) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE SCHEMA app")
+    hook = hook_on(db)
+    names = ["good", "bad", 'app."O\'dd <b>"', "gone"]
+    for name in names:
+        hook.create(MatViewDefinition(name=name, sql="SELECT 1 / a AS b FROM t"))
+    hook.delete("gone")
+    hook.refresh("good")
+    db.execute("UPDATE t SET a = 0")
+    with pytest.raises(DivisionByZero):
+        hook.refresh("bad")
+    views = {view["view"]: view for view in get("/api/v1/connections/views/views").json()["views"]}
+    assert {name: view["state"] for name, view in views.items()} == {
+        "good": "fresh",
+        "bad": "failing",
+        'app."O\'dd <b>"': "fresh",
+    }
+    assert views["bad"]["last_run"]["error"].startswith("DivisionByZero: division by zero")
+    assert views["good"]["row_count"] == 1
+    assert len(views["good"]["durations_ms"]) == 1
+    stale = {each["view"]: each for each in get("/api/v1/connections/views/staleness").json()["views"]}
+    assert stale["good"]["stale"] is True
+    assert stale.keys() == views.keys()
+
+
+def test_a_running_view_and_a_lost_one_are_told_apart(db: Database, get: Get) -> None:
+    ids = define(db, "busy", "lost")
+    for each in ids.values():
+        live_through(db, each, [*steady(), Past(5, RUNNING)])
+    with db.connect() as connection, connection.transaction():
+        key = lock_key(ResolvedName("public", "busy", "busy"))
+        connection.execute(b"SELECT pg_advisory_xact_lock(" + key.as_bytes(None) + b")")
+        views = {view["view"]: view for view in get("/api/v1/connections/views/views").json()["views"]}
+    assert (views["busy"]["state"], views["busy"]["running"][0]["lost"]) == ("running", False)
+    assert views["lost"]["running"][0]["lost"] is True
+
+
+def test_one_view_is_shown_as_recorded_and_as_it_stands(db: Database, get: Get) -> None:
+    hook = hook_on(db)
+    hook.create(
+        MatViewDefinition(
+            name="mv", sql="SELECT 1 AS a", unique_index_columns=("a",), comment=HOSTILE, grants={"public": ["SELECT"]}
+        )
+    )
+    hook.refresh("mv")
+    db.execute("CREATE VIEW over AS SELECT * FROM mv")
+    shown = get("/api/v1/connections/views/views/public/mv").json()
+    assert shown["definition"]["sql"] == "SELECT 1 AS a"
+    assert shown["definition"]["declaration"]["comment"] == HOSTILE
+    assert len(shown["begun_at"]) == len(shown["row_counts"]) == 1
+    found = get("/api/v1/connections/views/views/public/mv/catalog").json()
+    assert found["columns"] == [{"name": "a", "type": "integer"}]
+    assert found["dependents"] == ["view over"]
+    assert len(found["indexes"]) == 1
+    for path in ("public/none", "other/mv", f"public/{'x' * 64}", "public/a%2Fb"):
+        assert get(f"/api/v1/connections/views/views/{path}").status_code in (404, 422)
+    # Recorded, and standing no more.
+    db.execute("DROP MATERIALIZED VIEW mv CASCADE")
+    assert get("/api/v1/connections/views/views/public/mv").json()["summary"]["state"] == "gone"
+    assert get("/api/v1/connections/views/views/public/mv/catalog").status_code == 404
+
+
+def test_runs_are_filtered_and_paged_without_gaps_or_repeats(db: Database, get: Get) -> None:
+    ids = define(db, "a", "b")
+    history = [Past(ago, status) for ago in (3, 2, 1) for status in (SUCCESS, FAILED, SKIPPED)]
+    live_through(db, ids["a"], history)
+    live_through(db, ids["b"], history)
+    # As a clock that stands still would have it.
+    db.execute("UPDATE matviews.mat_view_runs SET created_at = date_trunc('minute', created_at)")
+
+    def pages(**wanted: Any) -> list[int]:
+        seen: list[int] = []
+        before = None
+        while True:
+            query = {name: value for name, value in {**wanted, "before": before}.items() if value is not None}
+            page = get("/api/v1/connections/views/runs", params=query).json()
+            seen += [run["id"] for run in page["runs"]]
+            before = page["next"]
+            if before is None:
+                return seen
+
+    everything = [row[0] for row in db.rows("SELECT id FROM matviews.mat_view_runs ORDER BY created_at DESC, id DESC")]
+    assert pages(limit=4) == everything
+    assert len(pages(limit=2, schema_name="public", view_name="a")) == 9
+    failed = pages(limit=1, status="failed", view_name="b", schema_name="public")
+    assert len(failed) == 3
+    assert set(failed) <= set(everything)
+    assert pages(operation="drop") == []
+    for query in ({"status": "odd"}, {"limit": 0}, {"limit": 501}, {"before": "x"}, {"before": "1-2-3"}):
+        assert get("/api/v1/connections/views/runs", params=query).status_code == 422
+
+
 @pytest.mark.parametrize("number", ["0", "-1", "x", "99999999999999999999", "1;drop"])
 def test_what_is_no_number_of_a_run_is_refused(get: Get, number: str) -> None:
     assert get(f"/api/v1/connections/views/runs/{number}").status_code in (404, 422)
@@ -100,6 +203,8 @@ def test_what_is_no_number_of_a_run_is_refused(get: Get, number: str) -> None:
 
 def test_looking_changes_nothing_and_tells_nothing_of_the_server(db: Database, get: Get, monkeypatch: Any) -> None:
     assert get("/api/v1/connections/views/runs/1").status_code == 404
+    for path in ("views", "runs", "staleness"):
+        assert get(f"/api/v1/connections/views/{path}").json()[path.replace("staleness", "views")] == []
     assert db.value("SELECT to_regnamespace('matviews') IS NULL")
     assert get("/api/v1/connections/missing/runs/1").json()["detail"] == "Airflow knows no such connection."
     set_connection(monkeypatch, db, conn_id="views", login="nobody_of_that_name")

@@ -13,7 +13,7 @@ from airflow_provider_matviews.retention import RetentionPolicy
 from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_views
-from airflow_provider_matviews.services.browsing import read_only, recorded
+from airflow_provider_matviews.services.browsing import CatalogPage, catalog_page, read_only, recorded
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
@@ -75,6 +75,10 @@ class RecordHook(ServerHook):
         :raises psycopg.errors.QueryCanceled: when a statement took longer.
         """
         return self._read(recorded(self._ledger, lambda ledger: read_only(question(ledger), seconds)))
+
+    def browse_catalog(self, schema_name: str, view_name: str, *, seconds: float = 5.0) -> CatalogPage | None:
+        """Read what the catalogs say of a view, as :meth:`browse` reads the record; None where it does not stand."""
+        return self._read(read_only(catalog_page(schema_name, view_name), seconds, Session.WORK))
 
     def metrics(
         self,

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from enum import IntEnum
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import sql
 
-from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_one
-from airflow_provider_matviews.services.ledger import Ledger, Run
+from airflow_provider_matviews.services import catalog
+from airflow_provider_matviews.services.attachments import Attachment, attachments_of
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
+from airflow_provider_matviews.services.metrics import read_recorded
+from airflow_provider_matviews.services.overview import ViewGlance, glance
+from airflow_provider_matviews.services.staleness import Judgement, judge_views
 
 _T = TypeVar("_T")
 
@@ -20,34 +27,38 @@ _T = TypeVar("_T")
 class RunPage:
     """One run, among the others of its view.
 
+    :ivar schema_name: of its view.
+    :ivar view_name: likewise, without the schema.
     :ivar previous_id: the run before it; None where it is the first that is left.
     :ivar next_id: the run after it; None where it is the last.
     """
 
     run: Run
+    schema_name: str
+    view_name: str
     previous_id: int | None
     next_id: int | None
 
 
-def read_only(work: Work[_T], seconds: float) -> Work[_T]:
+def read_only(work: Work[_T], seconds: float, session: Session = Session.RECORD) -> Work[_T]:
     """Do something in one transaction that may change nothing, and none of whose statements takes long.
 
     In a transaction, because behind a pooler what a session is told would stay there for others.
 
-    :param work: that uses the record's connection only.
+    :param work: that uses no connection but that one.
     :param seconds: that a statement of it may take, or wait for a lock.
     :raises psycopg.errors.QueryCanceled: when one took longer.
     """
-    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"), Session.RECORD)
+    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"), session)
     try:
         for setting in ("statement_timeout", "lock_timeout"):
             limit = sql.Literal(f"{round(seconds * 1000)}ms")
-            yield Command(sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(setting), limit), Session.RECORD)
+            yield Command(sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(setting), limit), session)
         return (yield from work)
     finally:
         # A connection that is lost has nothing left to end.
         with suppress(psycopg.Error):
-            yield Command(sql.SQL("ROLLBACK"), Session.RECORD, undoing=True)
+            yield Command(sql.SQL("ROLLBACK"), session, undoing=True)
 
 
 def recorded(ledger: Ledger, question: Callable[[Ledger], Work[_T | None]]) -> Work[_T | None]:
@@ -66,17 +77,176 @@ def run_page(ledger: Ledger, run_id: int) -> Work[RunPage | None]:
     row = yield from fetch_one(
         sql.SQL(
             """
-            SELECT (SELECT n.id FROM {runs} n WHERE n.mat_view_definition_id = r.mat_view_definition_id
+            SELECT d.schema_name, d.view_name,
+                   (SELECT n.id FROM {runs} n WHERE n.mat_view_definition_id = r.mat_view_definition_id
                       AND (n.created_at, n.id) < (r.created_at, r.id)
                     ORDER BY n.created_at DESC, n.id DESC LIMIT 1) AS previous,
                    (SELECT n.id FROM {runs} n WHERE n.mat_view_definition_id = r.mat_view_definition_id
                       AND (n.created_at, n.id) > (r.created_at, r.id)
                     ORDER BY n.created_at, n.id LIMIT 1) AS next
-            FROM {runs} r WHERE r.id = %s
+            FROM {runs} r JOIN {definitions} d ON d.id = r.mat_view_definition_id WHERE r.id = %s
             """
-        ).format(runs=ledger.table("mat_view_runs")),
+        ).format(runs=ledger.table("mat_view_runs"), definitions=ledger.table("mat_view_definitions")),
         (run_id,),
         Session.RECORD,
     )
-    beside = row or {}
-    return RunPage(run, beside.get("previous"), beside.get("next"))
+    # Deleted in between.
+    return None if row is None else RunPage(run, row["schema_name"], row["view_name"], row["previous"], row["next"])
+
+
+@dataclass(frozen=True)
+class RunFilter:
+    """Which runs are wanted; None for whichever.
+
+    :ivar schema_name: with ``view_name``: of this view.
+    :ivar before: the mark of the last run of the page before: microseconds since 1970 of its ``created_at``, and its
+        id.
+    """
+
+    schema_name: str | None = None
+    view_name: str | None = None
+    operation: str | None = None
+    status: str | None = None
+    before: str | None = None
+
+
+def run_list(ledger: Ledger, wanted: RunFilter, limit: int) -> Work[list[dict[str, Any]]]:
+    """Read a page of runs, newest first."""
+    conditions: list[sql.Composable] = []
+    parameters: dict[str, Any] = {"limit": limit}
+    if wanted.schema_name is not None and wanted.view_name is not None:
+        conditions.append(
+            sql.SQL(
+                "r.mat_view_definition_id = (SELECT id FROM {} WHERE schema_name = %(schema)s AND view_name = %(name)s)"
+            ).format(ledger.table("mat_view_definitions"))
+        )
+        parameters |= {"schema": wanted.schema_name, "name": wanted.view_name}
+    if wanted.operation is not None:
+        conditions.append(sql.SQL("r.operation = {}").format(sql.Literal(int(Operation[wanted.operation.upper()]))))
+    if wanted.status is not None:
+        conditions.append(sql.SQL("r.status = {}").format(sql.Literal(int(RunStatus[wanted.status.upper()]))))
+    if wanted.before is not None:
+        at, _, run_id = wanted.before.partition("-")
+        conditions.append(
+            sql.SQL("(r.created_at, r.id) < (timestamptz 'epoch' + %(at)s * interval '1 microsecond', %(id)s)")
+        )
+        parameters |= {"at": int(at), "id": int(run_id)}
+    return (
+        yield from fetch_all(
+            sql.SQL(
+                """
+                SELECT r.id, d.name AS view, {} AS operation, {} AS status, r.started_at, r.finished_at, r.duration_ms,
+                       r.meta->>'strategy' AS strategy, (r.meta->>'row_count_before')::bigint AS row_count_before,
+                       (r.meta->>'row_count_after')::bigint AS row_count_after,
+                       (r.meta->'response'->>'size_bytes')::bigint AS size_bytes, r.meta->>'dag_id' AS dag_id,
+                       left((r.error->>'class') || ': ' || (r.error->>'message'), 300) AS error, r.created_at,
+                       (extract(epoch FROM r.created_at) * 1000000)::bigint || '-' || r.id AS mark
+                FROM {} r JOIN {} d ON d.id = r.mat_view_definition_id
+                {} {} ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s
+                """
+            ).format(
+                _in_words("operation", Operation),
+                _in_words("status", RunStatus),
+                ledger.table("mat_view_runs"),
+                ledger.table("mat_view_definitions"),
+                sql.SQL("WHERE" if conditions else ""),
+                sql.SQL(" AND ").join(conditions),
+            ),
+            parameters,
+            Session.RECORD,
+        )
+    )
+
+
+def _in_words(column: str, kind: type[IntEnum]) -> sql.Composed:
+    words = sql.SQL(" ").join(
+        sql.SQL("WHEN {} THEN {}").format(sql.Literal(int(each)), sql.Literal(each.name.lower())) for each in kind
+    )
+    return sql.SQL("CASE r.{} {} END").format(sql.Identifier(column), words)
+
+
+def staleness(ledger: Ledger) -> Work[list[Judgement]]:
+    """Say of every view that stands whether it is older than what it reads."""
+    kept = yield from ledger.definitions()
+    return (yield from judge_views({(each.schema_name, each.view_name): each.source_state for each in kept}))
+
+
+@dataclass(frozen=True)
+class ViewPage:
+    """One view, as it is on record.
+
+    :ivar drift: what the latest create among its last runs found that differs from the definition; None where none
+        looked.
+    :ivar drift_run_id: that run.
+    """
+
+    glance: ViewGlance
+    definition: DefinitionRecord
+    drift: list[str] | None
+    drift_run_id: int | None
+
+
+def view_page(ledger: Ledger, schema_name: str, view_name: str) -> Work[ViewPage | None]:
+    """Read what is on record of a view; None where nothing is."""
+    definition = yield from ledger.glance(ResolvedName(schema_name, view_name, view_name))
+    if definition is None:
+        return None
+    found = yield from read_recorded(ledger, [definition], window=100, times=True, rows=True)
+    row = yield from fetch_one(
+        sql.SQL(
+            "SELECT id, meta->'response'->'drift' AS drift FROM {} WHERE mat_view_definition_id = %s "
+            "AND operation = {} AND status = ANY({}) ORDER BY created_at DESC, id DESC LIMIT 1"
+        ).format(
+            ledger.table("mat_view_runs"),
+            sql.Literal(int(Operation.CREATE)),
+            sql.Literal([int(RunStatus.SUCCESS), int(RunStatus.SKIPPED)]),
+        ),
+        (definition.id,),
+        Session.RECORD,
+    )
+    looked = row is not None and row["drift"] is not None
+    return ViewPage(
+        glance(found[0]), definition, row["drift"] if row and looked else None, row["id"] if row and looked else None
+    )
+
+
+@dataclass(frozen=True)
+class CatalogPage:
+    """What the catalogs say a view is.
+
+    :ivar columns: names and types, in order.
+    :ivar indexes: their definitions, and what is wrong with them.
+    """
+
+    owner: str
+    query: str
+    populated: bool
+    estimated_rows: int | None
+    columns: list[tuple[str, str]]
+    indexes: list[str]
+    dependents: list[str]
+    sources: list[str]
+    attachments: list[Attachment]
+
+
+def catalog_page(schema_name: str, view_name: str) -> Work[CatalogPage | None]:
+    """Read what the catalogs say of a view; None where it does not stand."""
+    view = ResolvedName(schema_name, view_name, view_name)
+    facts = yield from catalog.find_view(view)
+    if facts is None:
+        return None
+    query = yield from catalog.query_of(view)
+    if query is None:
+        return None
+    attachments = yield from attachments_of(facts.oid)
+    return CatalogPage(
+        facts.owner,
+        query,
+        facts.populated,
+        facts.estimated_rows,
+        (yield from catalog.columns_of(facts.oid)),
+        [each.description for each in attachments if each.kind == "index"],
+        (yield from catalog.dependents_of(facts.oid)),
+        (yield from catalog.sources_of(facts.oid)),
+        [each for each in attachments if each.kind != "index"],
+    )

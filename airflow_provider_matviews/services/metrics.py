@@ -20,7 +20,7 @@ from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
-from airflow_provider_matviews.services.ledger import Ledger, Operation, RunStatus
+from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
 from airflow_provider_matviews.services.locking import lock_name
 from airflow_provider_matviews.services.selection import Selection
 
@@ -158,7 +158,8 @@ def read_metrics(
             f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} dropped; only the history is left.",
             hint="create it again, or take its name out of views=...",
         )
-    found = [each for each in found if each not in dropped]
+    gone_ids = {each.definition_id for each in dropped}
+    found = [each for each in found if each.definition_id not in gone_ids]
     at = found[0].at if found else None
     if unknown and at is None:
         at = (yield from fetch_all(sql.SQL("SELECT clock_timestamp() AS at"), None, Session.RECORD))[0]["at"]
@@ -168,6 +169,22 @@ def read_metrics(
         if at is not None and view.display in chosen
     ]
     return sorted((yield from _with_lost(ledger, found, recorded)), key=lambda each: each.view)
+
+
+def read_recorded(
+    ledger: Ledger,
+    definitions: Sequence[DefinitionRecord],
+    *,
+    window: int = 20,
+    times: bool = False,
+    rows: bool = True,
+    bloat: bool = True,
+) -> Work[list[ViewMetrics]]:
+    """Read how views fare whose definitions are at hand, dropped or not; arguments as of :func:`read_metrics`."""
+    recorded = {each.name: (each.id, ResolvedName(each.schema_name, each.view_name, each.name)) for each in definitions}
+    ids = [each.id for each in definitions]
+    found = yield from _read(ledger, ids, window, times=times, rows=rows, bloat=bloat)
+    return (yield from _with_lost(ledger, found, recorded))
 
 
 def _was_dropped(metrics: ViewMetrics) -> bool:

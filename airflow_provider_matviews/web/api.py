@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import psycopg
 from airflow.providers.common.compat.sdk import AirflowNotFoundException
-from fastapi import APIRouter, Depends, HTTPException, Path, status
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
 from pydantic import BaseModel
 
 from airflow_provider_matviews.exceptions import MatViewError
@@ -16,6 +16,7 @@ from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services import browsing
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.ledger import Ledger
+from airflow_provider_matviews.services.overview import ViewGlance, read_overview
 from airflow_provider_matviews.web.access import Shown, may_read, readable_connections
 
 #: The greatest bigint: what is beyond it is no id.
@@ -23,6 +24,8 @@ _LARGEST_ID = 2**63 - 1
 #: Seconds that a statement may take while somebody waits at a screen.
 LONGEST_STATEMENT = 5.0
 _T = TypeVar("_T")
+#: A part of a view's name, as it is and not as one would type it.
+NamePart = Annotated[str, Path(min_length=1, max_length=63)]
 
 router = APIRouter(prefix="/api/v1", tags=["Materialized views"])
 
@@ -31,6 +34,98 @@ class ConnectionList(BaseModel):
     """The connections whose views may be seen."""
 
     connections: list[str]
+
+
+class RunningNow(BaseModel):
+    """A run that is under way."""
+
+    id: int
+    operation: str
+    started_at: datetime
+    seconds: float
+    lost: bool
+
+
+class LastRun(BaseModel):
+    """The latest run that came to an end."""
+
+    id: int
+    operation: str
+    status: str
+    finished_at: datetime | None
+    duration_ms: int | None
+    strategy: str | None
+    dag_id: str | None
+    error: str | None
+
+
+class ViewSummary(BaseModel):
+    """A view at a glance. Durations are in milliseconds, the oldest first."""
+
+    view: str
+    schema_name: str
+    view_name: str
+    managed: bool | None
+    state: str
+    reason: str
+    last_run: LastRun | None
+    last_filled_at: datetime | None
+    age: float | None
+    usual_interval: float | None
+    consecutive_failures: int
+    failures_24h: int
+    running: list[RunningNow]
+    durations_ms: list[int]
+    row_count: int | None
+    heap_bytes: int | None
+    bloat: float | None
+
+
+class ViewList(BaseModel):
+    """All views that are on record behind a connection."""
+
+    at: datetime | None
+    views: list[ViewSummary]
+
+
+class Staleness(BaseModel):
+    """Whether a view is older than what it reads, and why."""
+
+    view: str
+    stale: bool
+    reason: str
+
+
+class StalenessList(BaseModel):
+    """Of the views that stand behind a connection, which are older than what they read."""
+
+    views: list[Staleness]
+
+
+class RunRow(BaseModel):
+    """A run, in a list of them."""
+
+    id: int
+    view: str
+    operation: str
+    status: str
+    started_at: datetime | None
+    finished_at: datetime | None
+    duration_ms: int | None
+    strategy: str | None
+    row_count_before: int | None
+    row_count_after: int | None
+    size_bytes: int | None
+    error: str | None
+    dag_id: str | None
+    created_at: datetime
+
+
+class RunList(BaseModel):
+    """A page of runs, newest first; ``next`` is what to give as ``before`` for the page after it."""
+
+    runs: list[RunRow]
+    next: str | None
 
 
 class RunDetail(BaseModel):
@@ -46,8 +141,61 @@ class RunDetail(BaseModel):
     error: dict[str, Any] | None
     meta: dict[str, Any]
     created_at: datetime
+    schema_name: str
+    view_name: str
     previous_id: int | None
     next_id: int | None
+
+
+class DeclaredDefinition(BaseModel):
+    """What a view should be, as far as that was declared; of others only the query is known."""
+
+    sql: str | None
+    refresh_strategy: str
+    managed: bool
+    declaration: dict[str, Any]
+    created_at: datetime
+    updated_at: datetime
+
+
+class ViewDetail(BaseModel):
+    """A view, as it is on record."""
+
+    summary: ViewSummary
+    definition: DeclaredDefinition
+    row_counts: list[int | None]
+    begun_at: list[datetime]
+    drift: list[str] | None
+    drift_run_id: int | None
+
+
+class Attached(BaseModel):
+    """Something that a view has."""
+
+    kind: str
+    key: str
+    description: str
+
+
+class Column(BaseModel):
+    """A column of a view."""
+
+    name: str
+    type: str
+
+
+class CatalogDetail(BaseModel):
+    """What the catalogs say a view is."""
+
+    owner: str
+    query: str
+    populated: bool
+    estimated_rows: int | None
+    columns: list[Column]
+    indexes: list[str]
+    dependents: list[str]
+    sources: list[str]
+    attachments: list[Attached]
 
 
 @router.get("/connections")
@@ -56,18 +204,131 @@ def list_connections(connections: Annotated[list[str], Depends(readable_connecti
     return ConnectionList(connections=connections)
 
 
+@router.get("/connections/{connection_id}/views", dependencies=[Depends(may_read)])
+def list_views(shown: Shown) -> ViewList:
+    """List every view that is on record, with its state and what it is judged by."""
+    found = _ask(shown, read_overview, [])
+    return ViewList(at=found[0].metrics.at if found else None, views=[_summary(each) for each in found])
+
+
+@router.get("/connections/{connection_id}/staleness", dependencies=[Depends(may_read)])
+def list_staleness(shown: Shown) -> StalenessList:
+    """Say of every view whether it is older than what it reads; this takes longer than the list."""
+    found = _ask(shown, browsing.staleness, [])
+    return StalenessList(
+        views=[Staleness(view=each.view.display, stale=each.stale, reason=each.reason) for each in found]
+    )
+
+
+@router.get("/connections/{connection_id}/runs", dependencies=[Depends(may_read)])
+def list_runs(
+    shown: Shown,
+    schema_name: Annotated[str | None, Query(max_length=63)] = None,
+    view_name: Annotated[str | None, Query(max_length=63)] = None,
+    operation: Literal["create", "refresh", "drop"] | None = None,
+    run_status: Annotated[Literal["running", "success", "failed", "skipped"] | None, Query(alias="status")] = None,
+    before: Annotated[str | None, Query(pattern=r"^\d{1,18}-\d{1,18}$")] = None,
+    limit: Annotated[int, Query(ge=1, le=500)] = 50,
+) -> RunList:
+    """List runs, newest first: of one view, where both parts of its name are given, or of all."""
+    wanted = browsing.RunFilter(schema_name, view_name, operation, run_status, before)
+    rows = _ask(shown, lambda ledger: browsing.run_list(ledger, wanted, limit), [])
+    last = rows[-1]["mark"] if len(rows) == limit else None
+    return RunList(runs=[RunRow(**row) for row in rows], next=last)
+
+
 @router.get("/connections/{connection_id}/runs/{run_id}", dependencies=[Depends(may_read)])
 def read_run(shown: Shown, run_id: Annotated[int, Path(ge=1, le=_LARGEST_ID)]) -> RunDetail:
     """Read one run, and which runs of its view came before and after it."""
     page = _ask(shown, lambda ledger: browsing.run_page(ledger, run_id))
-    return RunDetail(**vars(page.run), previous_id=page.previous_id, next_id=page.next_id)
+    return RunDetail(**vars(page.run), **{name: value for name, value in vars(page).items() if name != "run"})
 
 
-def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]]) -> _T:
+@router.get("/connections/{connection_id}/views/{schema_name}/{view_name}", dependencies=[Depends(may_read)])
+def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewDetail:
+    """Read what is on record of one view."""
+    page = _ask(shown, lambda ledger: browsing.view_page(ledger, schema_name, view_name))
+    known = page.definition
+    return ViewDetail(
+        summary=_summary(page.glance),
+        definition=DeclaredDefinition(
+            sql=known.sql,
+            refresh_strategy=known.refresh_strategy.value,
+            managed=known.managed,
+            declaration=known.declaration,
+            created_at=known.created_at,
+            updated_at=known.updated_at,
+        ),
+        row_counts=list(reversed(page.glance.metrics.row_counts)),
+        begun_at=list(reversed(page.glance.metrics.begun_at)),
+        drift=page.drift,
+        drift_run_id=page.drift_run_id,
+    )
+
+
+@router.get("/connections/{connection_id}/views/{schema_name}/{view_name}/catalog", dependencies=[Depends(may_read)])
+def read_catalog(shown: Shown, schema_name: NamePart, view_name: NamePart) -> CatalogDetail:
+    """Read what the catalogs say of one view; this waits for whoever has locked it, for a while."""
+    page = _answer(shown, lambda hook: hook.browse_catalog(schema_name, view_name, seconds=LONGEST_STATEMENT))
+    return CatalogDetail(
+        **{name: value for name, value in vars(page).items() if name not in ("columns", "attachments")},
+        columns=[Column(name=name, type=kind) for name, kind in page.columns],
+        attachments=[Attached(kind=each.kind, key=each.key, description=each.description) for each in page.attachments],
+    )
+
+
+def _summary(each: ViewGlance) -> ViewSummary:
+    known = each.metrics
+    last = known.last_attempt
+    return ViewSummary(
+        view=known.view,
+        schema_name=known.schema_name,
+        view_name=known.view_name,
+        managed=known.managed,
+        state=each.state.value,
+        reason=each.reason,
+        last_run=None
+        if last is None
+        else LastRun(
+            id=last.id,
+            operation=last.operation,
+            status=last.status,
+            finished_at=last.finished_at,
+            duration_ms=last.duration_ms,
+            strategy=last.strategy,
+            dag_id=last.dag_id,
+            error=None if last.error is None else f"{last.error.get('class')}: {last.error.get('message')}",
+        ),
+        last_filled_at=known.last_filled_at,
+        age=known.age,
+        usual_interval=each.usual_interval,
+        consecutive_failures=known.consecutive_failures,
+        failures_24h=known.failures_24h,
+        running=[
+            RunningNow(
+                id=run.id,
+                operation=run.operation,
+                started_at=run.started_at,
+                seconds=(known.at - run.started_at).total_seconds(),
+                lost=run.lost,
+            )
+            for run in known.running
+        ],
+        durations_ms=list(reversed(known.durations_ms)),
+        row_count=known.row_count,
+        heap_bytes=known.heap_bytes,
+        bloat=known.bloat,
+    )
+
+
+def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]], nothing: Any = None) -> _T:
+    return _answer(shown, lambda hook: hook.browse(question, seconds=LONGEST_STATEMENT), nothing)
+
+
+def _answer(shown: tuple[str, str], ask: Callable[[MatViewHook], _T | None], nothing: Any = None) -> _T:
     connection_id, tracking_schema = shown
     try:
-        hook = MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema)
-        answer = hook.browse(question, seconds=LONGEST_STATEMENT)
+        answer = ask(MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema))
     except AirflowNotFoundException as error:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "Airflow knows no such connection.") from error
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
@@ -77,6 +338,8 @@ def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]]) 
         raise HTTPException(
             status.HTTP_502_BAD_GATEWAY, f"The database could not be read ({type(error).__name__})."
         ) from error
+    if answer is None:
+        answer = nothing
     if answer is None:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "Nothing of this name or number is on record there.")
     return answer

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from urllib.parse import quote
 
 from airflow.api_fastapi.core_api.security import get_user
@@ -24,10 +26,7 @@ _HEADERS = {
     "Referrer-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_STATIC = {
-    "app.js": "text/javascript; charset=utf-8",
-    "style.css": "text/css; charset=utf-8",
-}
+_MEDIA_TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 
 
 class _SecurityHeaders:
@@ -79,13 +78,21 @@ def create_app() -> FastAPI:
             return RedirectResponse(f"{root_path()}/api/v2/auth/login?next={back}")
         return await http_exception_handler(request, error)
 
-    @app.get("/static/{name}", include_in_schema=False, dependencies=[Depends(get_user)])
-    def static(name: str) -> Response:
-        if name not in _STATIC:
+    @app.get("/static/{path:path}", include_in_schema=False, dependencies=[Depends(get_user)])
+    def static(path: str) -> Response:
+        # By the names of what there is: whatever else the path says leads nowhere.
+        if path not in _static_files():
             raise HTTPException(status.HTTP_404_NOT_FOUND, "There is no such file.")
-        return _file(name, _STATIC[name])
+        return _file(path, _MEDIA_TYPES[Path(path).suffix])
 
     return app
+
+
+@cache
+def _static_files() -> frozenset[str]:
+    folder = files("airflow_provider_matviews.web") / "static"
+    found = {each.name for each in folder.iterdir()} | {f"vendor/{each.name}" for each in (folder / "vendor").iterdir()}
+    return frozenset(name for name in found if Path(name).suffix in _MEDIA_TYPES)
 
 
 def _file(name: str, media_type: str) -> Response:

@@ -1,0 +1,90 @@
+// What every page is made of. Text is only ever set as text.
+
+const page = document.getElementById("page");
+export const root = location.pathname.replace(/\/matviews\/.*$/, "");
+
+export function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return made;
+}
+
+function drawn(name, attributes, ...children) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children);
+  return made;
+}
+
+export const show = (...children) => page.replaceChildren(...children.flat(Infinity).filter(Boolean));
+export const encoded = (parts) => parts.map(encodeURIComponent).join("/");
+export const link = (parts, text, attributes = {}) => element("a", { href: `#/${encoded(parts)}`, ...attributes }, text);
+
+export class Refused extends Error {}
+
+export async function ask(...parts) {
+  const last = parts.at(-1);
+  const query = typeof last === "object" ? `?${new URLSearchParams(Object.entries(parts.pop()).filter(([, value]) => value))}` : "";
+  const answer = await fetch(`api/v1/${encoded(parts)}${query}`, { credentials: "same-origin", headers: { Accept: "application/json" } });
+  if (answer.ok) return answer.json();
+  if (answer.status === 401) throw new Refused("You are not logged in, or no longer. Log in to Airflow, and load this page again.");
+  if (answer.status === 403) throw new Refused("You may not read this connection. Who administers this Airflow can grant it.");
+  const said = await answer.json().catch(() => ({}));
+  throw new Refused(typeof said.detail === "string" ? said.detail : `The server answered ${answer.status}.`);
+}
+
+export const number = (value) => (value === null || value === undefined ? "" : value.toLocaleString("en"));
+
+export function bytes(value) {
+  if (value === null || value === undefined) return "";
+  const units = ["B", "kB", "MB", "GB", "TB"];
+  const power = Math.min(units.length - 1, Math.floor(Math.log2(Math.max(value, 1)) / 10));
+  const scaled = value / 1024 ** power;
+  return `${scaled >= 100 || power === 0 ? Math.round(scaled) : scaled.toFixed(1)} ${units[power]}`;
+}
+
+export function milliseconds(value) {
+  if (value === null || value === undefined) return "";
+  if (value < 1000) return `${value < 10 && value % 1 ? value.toFixed(1) : Math.round(value)} ms`;
+  const seconds = value / 1000;
+  return seconds < 120 ? `${seconds.toFixed(seconds < 10 ? 2 : 1)} s` : age(seconds);
+}
+
+export function age(seconds) {
+  if (seconds < 120) return `${Math.max(0, Math.round(seconds))} s`;
+  if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
+  if (seconds < 172800) return `${Math.round(seconds / 3600)} h`;
+  return `${Math.round(seconds / 86400)} days`;
+}
+
+export function time(value) {
+  if (!value) return "";
+  return element("time", { datetime: value, title: value }, new Date(value).toLocaleString());
+}
+
+export function facts(pairs) {
+  return element("dl", { class: "facts" }, pairs.filter(([, value]) => value !== "" && value !== null && value !== undefined)
+    .map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, ...[value].flat()))));
+}
+
+export function section(title, ...content) {
+  return element("section", {}, element("h2", {}, title), ...content);
+}
+
+export function table(heads, rows) {
+  return element("div", { class: "scroll" }, element("table", {},
+    element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, rows)));
+}
+
+export function sparkline(values) {
+  if (values.length < 2) return "";
+  const [width, height] = [80, 18];
+  const most = Math.max(...values, 1);
+  const points = values.map((value, index) => `${((index / (values.length - 1)) * width).toFixed(1)},${(height - 1 - (value / most) * (height - 2)).toFixed(1)}`);
+  return drawn("svg", { class: "sparkline", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" },
+    drawn("polyline", { points: points.join(" "), fill: "none", stroke: "currentColor", "stroke-width": 1.2 }));
+}

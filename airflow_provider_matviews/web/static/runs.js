@@ -1,0 +1,133 @@
+// Runs: a list of them, and one with everything that is recorded of it.
+
+import { age, ask, element, encoded, facts, link, milliseconds, number, root, section, show, table, time } from "./parts.js";
+
+const PAGE_SIZE = 50;
+const HEADS = ["Run", "Operation", "Status", "Started", "Duration", "Strategy", "Rows", "Error"];
+
+function row(connection, run, withView) {
+  return element("tr", {},
+    element("td", {}, link([connection, "runs", run.id], run.id)),
+    withView ? element("td", {}, run.view) : null,
+    element("td", {}, run.operation),
+    element("td", {}, element("span", { class: `status ${run.status}` }, run.status)),
+    element("td", {}, time(run.started_at)),
+    element("td", { class: "number" }, milliseconds(run.duration_ms)),
+    element("td", {}, run.strategy ?? ""),
+    element("td", { class: "number" }, number(run.row_count_after)),
+    element("td", { class: "error" }, run.error ?? ""));
+}
+
+export async function runTable(connection, view = null) {
+  const kept = { operation: "", status: "" };
+  const body = element("tbody");
+  const more = element("button", { type: "button" }, "Older runs");
+  const heads = view ? HEADS : [HEADS[0], "View", ...HEADS.slice(1)];
+  const nothing = element("p", { class: "muted", hidden: true }, "There is no such run.");
+  let next = null;
+
+  async function read(anew) {
+    const of = view ? { schema_name: view[0], view_name: view[1] } : {};
+    const found = await ask("connections", connection, "runs", { ...of, ...kept, limit: PAGE_SIZE, before: anew ? null : next });
+    const rows = found.runs.map((run) => row(connection, run, !view));
+    if (anew) body.replaceChildren(...rows);
+    else body.append(...rows);
+    next = found.next;
+    more.hidden = !next;
+    nothing.hidden = body.children.length > 0;
+  }
+
+  const filter = (name, options) => {
+    const made = element("select", { "aria-label": `Only runs of this ${name}` }, element("option", { value: "" }, `Every ${name}`),
+      options.map((option) => element("option", { value: option }, option)));
+    made.addEventListener("change", () => {
+      kept[name] = made.value;
+      read(true);
+    });
+    return made;
+  };
+  more.addEventListener("click", () => read(false));
+  await read(true);
+  return [
+    element("div", { class: "tools" }, filter("status", ["success", "failed", "running", "skipped"]), filter("operation", ["refresh", "create", "drop"])),
+    element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))), body)),
+    nothing,
+    more,
+  ];
+}
+
+export async function showRuns(connection) {
+  const content = await runTable(connection);
+  document.title = `Runs of ${connection}`;
+  show(element("nav", { "aria-label": "Up" }, link([connection], "← All views")), element("h1", {}, "Runs"), content);
+}
+
+function steps(run) {
+  const all = run.meta.response?.steps ?? [];
+  if (!all.length) return null;
+  const statements = run.meta.response?.sql ?? [];
+  const longest = Math.max(...all.map((step) => step.ms ?? 0), 1);
+  return section("Steps", table(["Step", "Time", "Statement"], all.map((step, index) => {
+    const bar = element("span", { class: "bar" });
+    bar.style.width = `${Math.max(1, (100 * (step.ms ?? 0)) / longest)}%`;
+    return element("tr", {},
+      element("td", {}, step.step ?? ""),
+      element("td", { class: "number" }, milliseconds(step.ms)),
+      element("td", {}, bar, element("code", {}, statements[index] ?? "")));
+  })));
+}
+
+function failure(error) {
+  if (!error) return null;
+  return section("Error",
+    element("p", {}, element("strong", {}, error.class ?? ""), error.sqlstate ? ` (${error.sqlstate})` : ""),
+    element("pre", {}, error.message ?? ""),
+    error.hint ? element("p", {}, element("strong", {}, "What to do: "), error.hint) : null,
+    error.backtrace?.length ? element("details", {}, element("summary", {}, "Backtrace"), element("pre", {}, error.backtrace.join("\n"))) : null);
+}
+
+function taskLog(meta) {
+  if (!meta.dag_id || !meta.run_id || !meta.task_id) return null;
+  const mapped = Number.isInteger(meta.map_index) && meta.map_index >= 0 ? `/mapped/${meta.map_index}` : "";
+  const query = meta.try_number ? `?try_number=${encodeURIComponent(meta.try_number)}` : "";
+  const path = `${root}/dags/${encoded([meta.dag_id])}/runs/${encoded([meta.run_id])}/tasks/${encoded([meta.task_id])}${mapped}${query}`;
+  return element("a", { href: path, target: "_top" }, "Task log");
+}
+
+export async function showRun(connection, id) {
+  const run = await ask("connections", connection, "runs", id);
+  const { meta } = run;
+  const response = meta.response ?? {};
+  const known = new Set(["status", "view", "sql", "steps", "strategy", "reason", "row_count_before", "row_count_after"]);
+  const rest = Object.fromEntries(Object.entries(response).filter(([name]) => !known.has(name)));
+  document.title = `Run ${run.id} of ${run.view}`;
+  show(
+    element("nav", { "aria-label": "Runs" },
+      link([connection, "views", run.schema_name, run.view_name], `↑ ${run.view}`),
+      run.previous_id ? link([connection, "runs", run.previous_id], `← Run ${run.previous_id}`) : null,
+      run.next_id ? link([connection, "runs", run.next_id], `Run ${run.next_id} →`) : null,
+      taskLog(meta)),
+    element("h1", {}, `Run ${run.id}: ${run.operation} of ${run.view}`),
+    element("p", {}, element("span", { class: `status ${run.status}` }, run.status), " ",
+      response.reason ? element("span", { class: "muted" }, response.reason) : null),
+    facts([
+      ["Started", time(run.started_at)],
+      ["Finished", time(run.finished_at)],
+      ["Duration", milliseconds(run.duration_ms)],
+      ["Waited for locks", response.waited_ms ? milliseconds(response.waited_ms) : ""],
+      ["Strategy", meta.strategy],
+      ["Rows before", number(meta.row_count_before)],
+      ["Rows after", number(meta.row_count_after)],
+      ["Connection", connection],
+      ["DAG", meta.dag_id],
+      ["Task", meta.task_id],
+      ["DAG run", meta.run_id],
+      ["Try", meta.try_number],
+      ["Process", meta.process],
+    ]),
+    failure(run.error),
+    steps(run),
+    section("What was asked", element("pre", {}, JSON.stringify(meta.request ?? {}, null, 2))),
+    section("What else was found", element("pre", {}, JSON.stringify(rest, null, 2))),
+  );
+}
