@@ -37,6 +37,7 @@ from airflow_provider_matviews.parts import (
     as_grants,
     as_labels,
 )
+from airflow_provider_matviews.retention import RetentionPolicy
 from airflow_provider_matviews.timeouts import Timeouts
 from airflow_provider_matviews.windows import MaintenanceWindow, as_windows
 
@@ -127,6 +128,8 @@ class MatViewDefinition:
         refresh is skipped, unless the view holds no data yet; create and delete do not mind them.
     :param min_interval: seconds, or a timedelta, that have to pass after a refresh before the next one, which is
         skipped until then; None for none.
+    :param retention: how much of its history is kept, a :class:`RetentionPolicy` or a table of its arguments, applied
+        as each of its runs ends; None where nothing is declared, and ``prune()`` decides.
     :raises InvalidDefinition: when it can be seen, without a server, that this can never be a view.
     """
 
@@ -155,6 +158,7 @@ class MatViewDefinition:
     renamed_from: str | None = None
     refresh_windows: Sequence[MaintenanceWindow | str] = ()
     min_interval: float | timedelta | None = None
+    retention: RetentionPolicy | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         view = ViewName.parse(self.name)
@@ -169,6 +173,8 @@ class MatViewDefinition:
         set_on(self, "timeouts", Timeouts.of(self.timeouts).said())
         set_on(self, "refresh_windows", as_windows(self.refresh_windows))
         set_on(self, "min_interval", as_seconds(self.min_interval, "min_interval"))
+        if self.retention is not None:
+            set_on(self, "retention", RetentionPolicy.of(self.retention))
         for column in self.unique_index_columns:
             check_identifier(column, "column name in unique_index_columns")
         for other in self.depends_on:
@@ -253,6 +259,8 @@ class MatViewDefinition:
         declaration["columns"] = [_plain(column) for column in self.columns]
         declaration["statistics"] = [_plain(each) for each in self.statistics]
         declaration["refresh_windows"] = [str(window) for window in self.refresh_windows]
+        if isinstance(self.retention, RetentionPolicy):
+            declaration["retention"] = self.retention.said()
         return declaration
 
     def to_sql(self) -> str:
@@ -438,6 +446,7 @@ __all__ = [
     "OnDrift",
     "ParameterValue",
     "RefreshStrategy",
+    "RetentionPolicy",
     "RowCountStrategy",
     "check_flag",
     "check_session_settings",

@@ -136,5 +136,16 @@ class FleetFailed(MatViewError):
         self.stopped = tuple(stopped)
 
 
+class VerificationFailed(MatViewError):
+    """Views do not equal their queries, in a way that ``fail_on`` names, or could not be verified.
+
+    :ivar views: their names.
+    """
+
+    def __init__(self, message: str, *, views: Sequence[str] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.views = tuple(views)
+
+
 class RunLost(MatViewError):
     """A run whose process died before it could say how it ended; found by the next operation on the view."""

@@ -59,6 +59,7 @@ def get_provider_info() -> dict[str, Any]:
                 },
             }
         },
+        "notifications": ["airflow_provider_matviews.notifications.matview.MatViewNotifier"],
         "sensors": [
             {
                 "integration-name": "PostgreSQL materialized views",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from airflow_provider_matviews import stats
 from airflow_provider_matviews.definition import (
     IfLocked,
     MatViewDefinition,
@@ -18,9 +20,10 @@ from airflow_provider_matviews.definition import (
     RowCountStrategy,
     check_flag,
 )
-from airflow_provider_matviews.exceptions import MatViewError, ViewNotFound
-from airflow_provider_matviews.hooks.fleet import FleetRun
+from airflow_provider_matviews.exceptions import FleetFailed, MatViewError, ViewNotFound
+from airflow_provider_matviews.hooks.fleet import FleetRun, had_no_room
 from airflow_provider_matviews.hooks.record import RecordHook
+from airflow_provider_matviews.hooks.verify import VerificationRun
 from airflow_provider_matviews.names import ViewName, check_identifier
 from airflow_provider_matviews.services import catalog, change_log
 from airflow_provider_matviews.services.adopt import Adopted, read_definition, read_definitions, write_definitions
@@ -33,10 +36,21 @@ from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Run
 from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.migrations import ensure_schema
+from airflow_provider_matviews.services.observing import Ended, ObservedOperations
 from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.run import Subject
 from airflow_provider_matviews.services.staleness import Judgement, judge_views
+from airflow_provider_matviews.services.verification import (
+    Timing,
+    Verification,
+    VerificationReport,
+    VerifyMode,
+    check_rounds,
+)
 from airflow_provider_matviews.timeouts import Timeouts
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,13 @@ class MatViewHook(RecordHook):
     """
 
     hook_name = "PostgreSQL materialized views"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Whether to read what the views are made of; said by who tells OpenLineage of it, before the first operation.
+        self.wants_lineage = False
+        #: How each operation has ended, where that is wanted.
+        self.ended: list[Ended] = []
 
     def create(
         self,
@@ -361,7 +382,56 @@ class MatViewHook(RecordHook):
 
         :param arguments: those of :meth:`refresh_many`, and ``deferral`` as of :meth:`acreate`.
         """
-        return await FleetRun(self, self.log).run(views, **arguments)
+        try:
+            response = await FleetRun(self, self.log).run(views, **arguments)
+        except FleetFailed as error:
+            self._tell_left(error.result, arguments)
+            raise
+        self._tell_left(response, arguments)
+        return response
+
+    @cached_property
+    def _operations(self) -> ObservedOperations:
+        counted = stats.enabled()
+        return ObservedOperations(
+            self._ledger,
+            self.context,
+            self.longest,
+            self.given,
+            tell=self._tell_end if counted or self.wants_lineage else None,
+            wants_lag=counted,
+            wants_lineage=self.wants_lineage,
+        )
+
+    def _operations_for(self, seconds: float | None) -> ObservedOperations:
+        remaining = replace(self._operations, longest=seconds, given=self.given or self.longest)
+        return replace(remaining, passes_over=had_no_room)
+
+    @property
+    def dataset_place(self) -> tuple[str, str]:
+        """The namespace of OpenLineage's datasets of this connection, and the database; empty for that of the role."""
+        connection = self.connection
+        host = (connection.host or "localhost").lower()
+        return f"postgres://{host}:{connection.port or 5432}", self.database or connection.schema or ""
+
+    def _tell_end(self, ended: Ended) -> None:
+        if self.wants_lineage:
+            self.ended.append(ended)
+        if not ended.again:
+            self._count(lambda: stats.emit(ended, self.get_conn_id(), self.redact))
+
+    def _tell_left(self, result: FleetResponse | None, arguments: Mapping[str, Any]) -> None:
+        if result is not None and not arguments.get("dry_run"):
+            self._count(lambda: stats.emit_left(result, self.get_conn_id(), self.redact))
+
+    def _count(self, emit: Callable[[], None]) -> None:
+        if not stats.enabled():
+            return
+        try:
+            emit()
+        except Exception as error:
+            # Whatever a deployment has put there: the operation is what it is.
+            self.log.warning("Its metrics could not be sent: %s: %s", type(error).__name__, error)
 
     def install_change_log(
         self,
@@ -533,9 +603,144 @@ class MatViewHook(RecordHook):
 
         return self._read(read())
 
+    def verify(
+        self,
+        view_or_definition: str | MatViewDefinition,
+        *,
+        mode: VerifyMode | str = VerifyMode.EXACT,
+        sample: int = 1000,
+        seed: int = 0,
+        examples: int = 5,
+        session_settings: Mapping[str, ParameterValue] | None = None,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
+    ) -> Verification:
+        """Compare a view with its query, in one snapshot. Nothing is changed or recorded; only ACCESS SHARE is locked.
+
+        The query runs as the view's owner where the role may become that, as REFRESH runs it; else as the role.
+
+        :param view_or_definition: the view's name; or its definition, with which the view is then compared, too.
+        :param mode: ``exact``: all rows, as multisets; ``sampled``: some rows of the view; ``checksum``: whether, not
+            where, in little memory.
+        :param sample: how many rows ``sampled`` looks at.
+        :param seed: which rows; the same seed picks the same ones.
+        :param examples: how many differing rows of each kind are told, with their values; 0 for none.
+        :param session_settings: PostgreSQL settings for the comparison, before those of the definition: ``work_mem``
+            bounds its memory.
+        :param lock_timeout: seconds that one attempt waits for a lock; None for 1.
+        :param max_wait: seconds after which waiting for locks ends in failure; None for 600.
+        :param statement_timeout: seconds that one statement may take; None for the server's setting.
+        :param timeout: seconds after which it is stopped on the server; None for never.
+        :returns: what came of it; ``verdict`` of it says whether it is equal, stale, corrupt ...
+        :raises ViewNotFound: when no materialized view of this name stands.
+        :raises MissingPrivilege: when the role may not read it, or what its query reads; the hint is the GRANT.
+        :raises InvalidDefinition: when an argument is nothing of that.
+        :raises psycopg.Error: what PostgreSQL says, of the query too.
+        """
+        run = VerificationRun(
+            self,
+            mode=mode,
+            sample=sample,
+            seed=seed,
+            examples=examples,
+            session_settings=session_settings,
+            lock_timeout=lock_timeout,
+            max_wait=max_wait,
+            statement_timeout=statement_timeout,
+            timeout=timeout,
+        )
+        return self._run(run.verifying(_subject_of(view_or_definition)))
+
+    def verify_many(
+        self,
+        views: Sequence[str] = (),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        definitions: Sequence[MatViewDefinition] = (),
+        rounds: int = 0,
+        **arguments: Any,
+    ) -> VerificationReport:
+        """Compare several views with their queries, one after the other, each in a snapshot of its own.
+
+        One that cannot be verified has the verdict ``failed``; the others are verified all the same.
+
+        :param views: names and patterns, as of :meth:`refresh_many`.
+        :param schemas: exact names of schemas, all views of which are meant.
+        :param exclude: names and patterns of views that are not meant after all.
+        :param definitions: of further views, which are compared with these, too.
+        :param rounds: how often each is timed against its query as well; see :meth:`compare_timings`.
+        :param arguments: those of :meth:`verify`; ``timeout`` and the others are each view's own.
+        :raises ViewNotFound: when a name stands for no materialized view.
+        :raises InvalidDefinition: when an argument is nothing of that.
+        :raises OperationCancelled: when one was cancelled.
+        """
+        return self._in_a_loop(
+            self.averify_many(
+                views, schemas=schemas, exclude=exclude, definitions=definitions, rounds=rounds, **arguments
+            )
+        )
+
+    async def averify_many(
+        self,
+        views: Sequence[str] = (),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        definitions: Sequence[MatViewDefinition] = (),
+        **arguments: Any,
+    ) -> VerificationReport:
+        """Do as :meth:`verify_many` does, in an event loop; see :meth:`acreate`."""
+        run = VerificationRun(self, **arguments)
+        return await run.verify_many(views, schemas=schemas, exclude=exclude, definitions=definitions)
+
+    def compare_timings(
+        self,
+        views: Sequence[str] = (),
+        *,
+        schemas: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        rounds: int = 3,
+        **arguments: Any,
+    ) -> tuple[Timing, ...]:
+        """Say how much faster views answer than their queries would: both are run in full, in turn, on the server.
+
+        :param views: names and patterns, as of :meth:`refresh_many`.
+        :param schemas: exact names of schemas, all views of which are meant.
+        :param exclude: names and patterns of views that are not meant after all.
+        :param rounds: how often; told are the medians.
+        :param arguments: ``session_settings``, ``lock_timeout``, ``max_wait``, ``statement_timeout`` and ``timeout``, as
+            of :meth:`verify`.
+        :raises ViewNotFound: when a name stands for no materialized view.
+        :raises InvalidDefinition: when an argument is nothing of that.
+        """
+        run = VerificationRun(self, rounds=check_rounds(rounds), **arguments)
+        return self._in_a_loop(run.time_many(views, schemas=schemas, exclude=exclude))
+
+    def _in_a_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
+        # Here, where asking Airflow for the connection is what it is for any other operation.
+        self._conninfo, self._learnt = self._learn_conninfo(), time.monotonic()
+
+        async def run() -> _T:
+            self._loop = asyncio.get_running_loop()
+            try:
+                return await work
+            finally:
+                self._loop = None
+
+        return asyncio.run(run())
+
     def graph(self) -> Graph:
         """Read which materialized views of the database read which, and which tables; nothing is recorded of it."""
         return self._read(read_graph())
+
+
+def _subject_of(view_or_definition: str | MatViewDefinition) -> Subject:
+    if isinstance(view_or_definition, MatViewDefinition):
+        return Subject(view_or_definition.view, view_or_definition)
+    return Subject(ViewName.parse(view_or_definition))
 
 
 def _with_timeouts(arguments: dict[str, Any]) -> dict[str, Any]:

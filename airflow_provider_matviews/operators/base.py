@@ -83,7 +83,7 @@ class HookOperator(BaseOperator):
         #: What OpenLineage is told when it asks, after the end.
         self._lineage: Mapping[str, Any] | None = None
 
-    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage:  # noqa: ARG002
+    def get_openlineage_facets_on_complete(self, task_instance: Any) -> OperatorLineage[Any, Any]:  # noqa: ARG002
         """Return what was read and written, as the catalogs say; OpenLineage asks when the task has ended, also badly.
 
         :param task_instance: of the task.

@@ -11,6 +11,8 @@ from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.operators.base import DeferrableViewOperator, ViewOperator
 from airflow_provider_matviews.operators.fleet import RefreshMatViewsOperator
+from airflow_provider_matviews.operators.retention import PruneMatViewRunsOperator
+from airflow_provider_matviews.operators.verify import VerifyMatViewOperator
 from airflow_provider_matviews.services.response import ServiceResponse
 
 
@@ -235,6 +237,8 @@ class DeleteMatViewOperator(ViewOperator):
 __all__ = [
     "CreateMatViewOperator",
     "DeleteMatViewOperator",
+    "PruneMatViewRunsOperator",
     "RefreshMatViewOperator",
     "RefreshMatViewsOperator",
+    "VerifyMatViewOperator",
 ]

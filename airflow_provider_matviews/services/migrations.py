@@ -155,6 +155,28 @@ CREATE TABLE {schema}.mat_view_changes (
             "autovacuum_vacuum_insert_scale_factor = 0.02, autovacuum_analyze_scale_factor = 0.02)"
         ),
     ),
+    # What the last prune has counted, so that the next one need not: one row, and what it is worth no more without.
+    7: (
+        sql.SQL("""
+CREATE TABLE {schema}.mat_view_retention (
+    only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    filenode bigint NOT NULL,
+    deletions bigint NOT NULL,
+    counted_at timestamptz NOT NULL,
+    definitions bigint[] NOT NULL,
+    operations integer[] NOT NULL,
+    statuses integer[] NOT NULL,
+    runs bigint[] NOT NULL,
+    moments timestamptz[] NOT NULL,
+    ids bigint[] NOT NULL,
+    first_ids bigint[] NOT NULL,
+    updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+)"""),
+        sql.SQL(
+            "COMMENT ON TABLE {schema}.mat_view_retention IS 'How many runs of each kind the last prune left, up to "
+            "which one. Believed only while nobody else has deleted any; may be emptied at any time.'"
+        ),
+    ),
 }
 
 LATEST = max(MIGRATIONS)

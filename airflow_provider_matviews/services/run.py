@@ -41,6 +41,7 @@ from airflow_provider_matviews.services.migrations import explained
 from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.progress import Progress
 from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.retention import retain
 from airflow_provider_matviews.services.session_settings import apply_settings
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -185,7 +186,7 @@ def record_run(
             if subject.definition is not None:
                 yield from ledger.declare(view, subject.definition, record if origin is view else None)
 
-        return (yield from _carry_out(service, declared, prepared, run_id, ledger, terms, begun))
+        return (yield from _carry_out(service, declared, prepared, record, run_id, ledger, terms, begun))
     except BaseException as error:
         advise(error)
         yield from _roll_back()
@@ -447,6 +448,7 @@ def _stand_back(
         # The other one has just given its runs to the row of a view that now has this name.
         record = yield from ledger.adopt(view, (yield from ledger.definition(view)), None)
         (run_id,) = yield from ledger.skip(operation, [(record.id, meta)], duration)
+    yield from retain(ledger, [record])
     if status is not None:
         yield Note(f"Skipped: {reason}.")
         yield from _roll_back()
@@ -466,6 +468,7 @@ def _carry_out(
     service: Callable[[Prepared], Work[ServiceResponse]],
     declared: Callable[[RunStatus], Work[None]],
     prepared: Prepared,
+    known: DefinitionRecord,
     run_id: int,
     ledger: Ledger,
     terms: Terms,
@@ -493,6 +496,9 @@ def _carry_out(
             # The run row is locked by this transaction; the record's connection would wait for it for ever.
             yield from _roll_back()
         ended = yield from _record_failure(run_id, error, ledger, meta_of(prepared.report, terms), begun)
+        if ended is RunStatus.FAILED and isinstance(error, Exception):
+            # By what is on record: what failed may be the very definition that says otherwise.
+            yield from retain(ledger, [known])
         if response is None or ended not in (RunStatus.SUCCESS, RunStatus.SKIPPED):
             _attach(error, replace(prepared.report.unfinished(), run_id=run_id))
             raise
@@ -500,6 +506,7 @@ def _carry_out(
         if not isinstance(error, psycopg.Error):
             raise
     yield Note(_story(response, time.monotonic() - begun))
+    yield from retain(ledger, [prepared.record])
     yield from _follow_up(prepared, terms)
     return replace(response, run_id=run_id, duration_ms=duration)
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 from airflow.providers.common.compat.connection import get_async_connection
 from airflow.triggers.base import BaseTrigger, TriggerEvent
 
+from airflow_provider_matviews import lineage
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import OperationTimedOut
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.outcome import log_statements, pack_error, stood_back, summary
 from airflow_provider_matviews.services.fleet import FleetResponse
 from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.verification import VerificationReport, report_lines
 
 #: What the triggerer says when somebody acted on the task; it says nothing when it is shutting down itself.
 _USER_ACTION = "__airflow_user_action__"
@@ -34,8 +36,8 @@ class MatViewTrigger(BaseTrigger):
     It owns its connections. The triggerer may run it twice, one copy after another or, when a triggerer was taken for
     dead, beside each other: the database lets one at a time do it, and the next one finds what it left.
 
-    :param operation: ``create``, ``refresh`` or ``refresh_many``.
-    :param subject: the view's name, or its definition as plain data; None for ``refresh_many``.
+    :param operation: ``create``, ``refresh``, ``refresh_many`` or ``verify_many``.
+    :param subject: the view's name, or its definition as plain data; None for those of many views.
     :param arguments: of the hook's method of that name, plain data.
     :param conn_id: the PostgreSQL connection.
     :param tracking_schema: the schema of the run tables.
@@ -51,7 +53,7 @@ class MatViewTrigger(BaseTrigger):
     def __init__(
         self,
         *,
-        operation: Literal["create", "refresh", "refresh_many"],
+        operation: Literal["create", "refresh", "refresh_many", "verify_many"],
         subject: str | Mapping[str, Any] | None,
         arguments: Mapping[str, Any],
         conn_id: str,
@@ -109,6 +111,7 @@ class MatViewTrigger(BaseTrigger):
                 longest=self._remaining(),
                 given=self.timeout,
             )
+            hook.wants_lineage = lineage.enabled()
             response = await self._carry_out(hook)
         except Exception as error:
             so_far = getattr(error, "response", None)
@@ -119,7 +122,10 @@ class MatViewTrigger(BaseTrigger):
             if isinstance(result, FleetResponse) and hook is not None:
                 payload["table"] = [hook.redact(line) for line in result.table()]
         else:
-            if isinstance(response, FleetResponse):
+            if isinstance(response, VerificationReport):
+                told = response.as_dict(hook.redact)
+                payload = {"summary": told, "table": report_lines(told)}
+            elif isinstance(response, FleetResponse):
                 # What the table tells in the triggerer's log belongs into the task's, too.
                 payload = {
                     "summary": response.as_dict(hook.redact),
@@ -128,6 +134,8 @@ class MatViewTrigger(BaseTrigger):
             else:
                 log_statements(self.log, response, hook.redact)
                 payload = {"summary": summary(response, hook.redact), "stood_back": stood_back(response)}
+        if hook is not None and hook.wants_lineage:
+            payload["lineage"] = lineage.told_by(hook)
         await asyncio.sleep(max(0.0, self.not_before - time.time()))
         yield TriggerEvent(payload)  # type: ignore[no-untyped-call]
 
@@ -140,7 +148,11 @@ class MatViewTrigger(BaseTrigger):
             )
         return remaining
 
-    def _work(self, hook: MatViewHook) -> Coroutine[Any, Any, ServiceResponse | FleetResponse]:
+    def _work(self, hook: MatViewHook) -> Coroutine[Any, Any, ServiceResponse | FleetResponse | VerificationReport]:
+        if self.operation == "verify_many":
+            # Nothing of it lasts, so that another copy need not know of it.
+            definitions = [MatViewDefinition.from_dict(each) for each in self.arguments["definitions"]]
+            return hook.averify_many(**{**self.arguments, "definitions": definitions})
         arguments = {**self.arguments, "deferral": self.deferral}
         if self.operation == "refresh_many":
             return hook.arefresh_many(**arguments)
@@ -151,7 +163,7 @@ class MatViewTrigger(BaseTrigger):
         subject = self.subject if isinstance(self.subject, str) else MatViewDefinition.from_dict(self.subject)
         return hook.arefresh(subject, **arguments)
 
-    async def _carry_out(self, hook: MatViewHook) -> ServiceResponse | FleetResponse:
+    async def _carry_out(self, hook: MatViewHook) -> ServiceResponse | FleetResponse | VerificationReport:
         task = asyncio.create_task(self._work(hook))
         try:
             # A task of its own: being cancelled is then news that can be told to it with its reason, and once.

@@ -1,0 +1,700 @@
+"""Views compared with their queries: what differs, what that is called, and that nothing else is taken for it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+import pytest
+from airflow.sdk import DAG
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from psycopg import sql
+
+from airflow_provider_matviews.definition import MatViewDefinition
+from airflow_provider_matviews.exceptions import (
+    InvalidDefinition,
+    MissingPrivilege,
+    NotAMaterializedView,
+    OperationCancelled,
+    OperationTimedOut,
+    ViewNotFound,
+)
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.operators.matview import VerifyMatViewOperator
+from airflow_provider_matviews.services import verify
+from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.comparison import ComparedColumn, Sides, parse_row, read_differences
+from airflow_provider_matviews.services.execute import Driver
+from airflow_provider_matviews.services.instructions import Instruction, Query, Result
+from airflow_provider_matviews.services.ledger import Ledger
+from airflow_provider_matviews.services.run import Subject, Terms
+from airflow_provider_matviews.services.verification import Scope, Verdict
+from demo.postgres_server import PostgresServer
+from tests.airflow_dags import run_dag, set_connection
+from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
+from tests.driving import connecting
+from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
+from tests.standby import caught_up, standby_of
+
+SETTLING = verify.SETTLING
+MODES = ("exact", "sampled", "checksum")
+#: 63 bytes: quotes, a placeholder, a brace, a line break, and writing from right to left.
+HOSTILE = 'od"d %s {0}\n' + "\u05d0\u202e" + "x" * 46
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody's counters are late in these tests, but for one."""
+    monkeypatch.setattr(verify, "SETTLING", 0.0)
+
+
+def _write(database: Database, *statements: LiteralString) -> None:
+    """Do something on a connection whose counters have reached everybody when it is done."""
+    database.execute(*statements)
+    until(database, "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()")
+
+
+def _damage(database: Database, view: str, *statements: LiteralString) -> None:
+    """Write to a view behind PostgreSQL's back: for a moment it is a table in the catalogs."""
+    with database.connect() as connection:
+        for kind, rules in (("r", False), ("m", True)):
+            connection.execute(
+                "UPDATE pg_class SET relkind = %s, relhasrules = %s WHERE oid = to_regclass(%s)", (kind, rules, view)
+            )
+            for statement in statements if kind == "r" else ():
+                connection.execute(statement)
+    until(database, "SELECT count(*) = 1 FROM pg_stat_activity WHERE datname = current_database()")
+
+
+def _orders(database: Database) -> None:
+    _write(
+        database,
+        "CREATE TABLE orders AS SELECT i AS order_id, i % 5 AS shop, i * 1.25 AS amount FROM generate_series(1, 200) i",
+        "CREATE MATERIALIZED VIEW mv AS SELECT amount, order_id, shop FROM orders",
+        "CREATE UNIQUE INDEX ON mv (order_id)",
+    )
+    hook_on(database).refresh("mv")
+
+
+def test_damage_is_told_from_age_and_named_by_the_views_key(each_db: Database) -> None:
+    _orders(each_db)
+    hook = hook_on(each_db)
+    for mode in MODES:
+        found = hook.verify("mv", mode=mode)
+        assert (found.verdict, found.view_rows, found.query_rows, found.stale) == ("equal", 200, 200, False)
+    _damage(
+        each_db,
+        "mv",
+        "UPDATE mv SET amount = 9 WHERE order_id = 17",
+        "DELETE FROM mv WHERE order_id IN (18, 19)",
+        "INSERT INTO mv VALUES (NULL, 1000, 1)",
+    )
+    found = hook.verify("mv")
+    assert found.verdict == "corrupt"
+    assert (found.view_rows, found.query_rows) == (199, 200)
+    assert (found.missing, found.surplus, found.changed) == (3, 2, 1)
+    assert found.reason.startswith("1 changed, 2 missing, 1 surplus of 199 rows: its source has not changed since")
+    assert [example.line() for example in found.examples] == [
+        "order_id=17: amount 9.00 in the view, 21.25 by its query".replace("9.00", "9"),
+        "order_id=18, amount=22.50, shop=3: its query has it, the view lacks it",
+        "order_id=19, amount=23.75, shop=4: its query has it, the view lacks it",
+        "order_id=1000, amount=NULL, shop=1: the view has it, its query does not",
+    ]
+    # What a sample of all rows of the view can find of it, and a checksum.
+    sampled = hook.verify("mv", mode="sampled")
+    assert (sampled.verdict, sampled.missing, sampled.surplus, sampled.changed) == ("corrupt", 1, 2, 1)
+    checked = hook.verify("mv", mode="checksum")
+    assert (checked.verdict, checked.missing, checked.view_rows, checked.query_rows) == ("corrupt", None, 199, 200)
+    # The same differences, once a source has changed: of these the view need not be damaged. That is written to the
+    # catalogs here, as a refresh of others would be.
+    _write(each_db, "UPDATE orders SET amount = amount WHERE order_id = 1")
+    assert hook.verify("mv").verdict == "differs"
+    hook.refresh("mv", refresh_strategy="regular")
+    assert hook.verify("mv").verdict == "equal"
+
+
+def test_a_view_that_waits_for_its_refresh_is_stale_and_not_damaged(db: Database) -> None:
+    _orders(db)
+    hook = hook_on(db)
+    _write(db, "UPDATE orders SET shop = shop WHERE order_id = 1")
+    found = hook.verify("mv")
+    assert (found.verdict, found.stale) == ("equal", True)
+    assert found.reason == "the same 200 rows, though orders changed since its last refresh"
+    _write(db, "INSERT INTO orders VALUES (201, 1, 1)")
+    found = hook.verify("mv")
+    assert (found.verdict, found.stale, found.missing, found.surplus) == ("stale", True, 1, 0)
+    assert "orders changed since its last refresh, and a refresh mends it" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("query", "told"),
+    [
+        ("SELECT id, now() AS at FROM t", "it calls now()"),
+        ("SELECT id, random() FROM t", "it calls random()"),
+        ("SELECT min(id) AS id, array_agg(a) AS a FROM t", "its query calls array_agg(anynonarray)"),
+        ("SELECT id FROM t LIMIT 2", "its query has LIMIT or OFFSET"),
+        ("SELECT DISTINCT ON (a) a, id FROM t", "its query has DISTINCT ON"),
+        ("SELECT id, row_number() OVER (ORDER BY a) FROM t", "its query calls row_number()"),
+    ],
+)
+def test_a_result_that_may_move_by_itself_is_not_called_damage(db: Database, query: LiteralString, told: str) -> None:
+    _write(db, "CREATE TABLE t AS SELECT i AS id, i % 2 AS a FROM generate_series(1, 4) i")
+    db.execute("CREATE MATERIALIZED VIEW mv AS " + query)
+    hook_on(db).refresh("mv")
+    _damage(db, "mv", "DELETE FROM mv WHERE id = (SELECT min(id) FROM mv)")
+    found = hook_on(db).verify("mv")
+    assert found.verdict == "differs"
+    assert told in found.reason
+
+
+def test_without_a_refresh_of_ours_a_difference_is_only_that_and_nothing_is_written_anywhere(db: Database) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW mv AS SELECT a FROM t")
+    _damage(db, "mv", "INSERT INTO mv VALUES (2)")
+    before = db.value("SELECT pg_current_wal_insert_lsn()")
+    found = hook_on(db).verify("mv")
+    assert (found.verdict, found.stale, found.surplus, found.changed) == ("differs", None, 1, None)
+    assert "its sources looked like at its last refresh is not known" in found.reason
+    assert db.value("SELECT to_regnamespace('matviews') IS NULL")
+    assert db.value("SELECT count(*) FROM pg_locks WHERE relation = 'mv'::regclass") == 0
+    # Not even hint bits were worth a record.
+    assert db.value("SELECT pg_current_wal_insert_lsn() - %s::pg_lsn", (before,)) < 10_000
+
+
+TYPES: tuple[LiteralString, ...] = (
+    "CREATE TYPE pair AS (a json, b text)",
+    "CREATE TABLE t (j json, x xml, p point, g polygon, f double precision, n numeric, c text, "
+    'js json[], pr pair, b bytea, ch character(5), bp bpchar, q "char", i interval, tz timestamptz, e text, '
+    '"select" integer, "%s ""{0}""\n" integer)',
+    "INSERT INTO t VALUES ('{\"a\": 1}', '<a/>', '(1,2)', '((0,0),(1,1),(1,0))', '-0', 1.0, 'a', "
+    "ARRAY['{\"a\":1}']::json[], ROW('1', NULL), '\\xff00', 'a', 'a  ', 'x', '1 mon', '2024-10-27 00:30+00', '', 1, 1)",
+    "INSERT INTO t (f) VALUES ('NaN'), ('NaN'), (NULL), (NULL), ('Infinity')",
+    "INSERT INTO t (e, \"select\") VALUES ('', 1), (NULL, 1), ('NULL', 1), ('a,b\"c\\d(e)\n', 1)",
+)
+CHANGES: tuple[LiteralString, ...] = (
+    "j = '{\"a\":1}'",
+    "x = '<a></a>'",
+    "p = '(1,3)'",
+    "f = 0",
+    "n = 1.00",
+    "c = 'A'",
+    "js = ARRAY['{\"a\": 1}']::json[]",
+    "pr = ROW('1', '')",
+    "b = '\\xff'",
+    "bp = 'a'",
+    "i = '30 days'",
+    "e = NULL",
+    '"%s ""{0}""\n" = 2',
+)
+
+
+def test_rows_are_the_same_when_they_are_shown_the_same_whatever_their_types(each_db: Database) -> None:
+    _write(each_db, *TYPES)
+    if each_db.value("SELECT EXISTS (SELECT FROM pg_collation WHERE collprovider = 'i')"):
+        each_db.execute(
+            "CREATE COLLATION no_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+            "ALTER TABLE t ALTER c TYPE text COLLATE no_case",
+        )
+    _write(each_db, "CREATE MATERIALIZED VIEW mv AS SELECT * FROM t")
+    hook = hook_on(each_db)
+    for mode in MODES:
+        assert hook.verify("mv", mode=mode).verdict == "equal"
+    # None of these is seen by =, where there is one, or by all of them.
+    for number, change in enumerate(CHANGES):
+        _damage(each_db, "mv", "UPDATE mv SET " + change + " WHERE j IS NOT NULL")
+        found = hook.verify("mv")
+        assert (found.missing, found.surplus) == (1, 1), change
+        assert hook.verify("mv", mode=MODES[1 + number % 2]).verdict == "differs", change
+        each_db.execute("REFRESH MATERIALIZED VIEW mv")
+    _damage(each_db, "mv", "INSERT INTO mv (f) VALUES ('NaN')", "DELETE FROM mv WHERE e = '' AND j IS NULL")
+    found = hook.verify("mv")
+    assert (found.missing, found.surplus) == (1, 1)
+
+
+_VALUES = st.tuples(
+    st.none() | st.integers(0, 3),
+    st.none() | st.sampled_from([0.0, -0.0, 0.1, 1e300, float("nan"), float("inf")]),
+    st.none()
+    | st.sampled_from(["", " ", "a", "A", '"', "\\", ",", "(", "null", "é\n"])
+    | st.text('ab,"\\() ', max_size=4),
+)
+_ROWS = st.lists(_VALUES, max_size=8)
+
+
+def test_counts_are_those_of_multisets_whatever_the_rows(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE t (a integer, f double precision, s text)", "CREATE MATERIALIZED VIEW mv AS SELECT * FROM t"
+    )
+    db.execute("UPDATE pg_class SET relhasrules = false WHERE relname = 'mv'")
+    hook = hook_on(db)
+
+    def shown(row: tuple[Any, ...]) -> tuple[str, ...]:
+        return tuple(map(repr, row))
+
+    @settings(max_examples=25, deadline=None)
+    @given(_ROWS, _ROWS, st.data())
+    def check(rows: list[Any], others: list[Any], data: st.DataObject) -> None:
+        kept = data.draw(st.lists(st.sampled_from(rows), max_size=8) if rows else st.just([]))
+        view = data.draw(st.sampled_from([rows, kept + others, list(reversed(rows))]))
+        with db.connect() as connection, connection.transaction():
+            connection.execute("TRUNCATE t")
+            connection.cursor().executemany("INSERT INTO t VALUES (%s, %s, %s)", rows)
+            connection.execute("UPDATE pg_class SET relkind = 'r', relhasrules = false WHERE relname = 'mv'")
+            connection.execute("DELETE FROM mv")
+            connection.cursor().executemany("INSERT INTO mv VALUES (%s, %s, %s)", view)
+            connection.execute("UPDATE pg_class SET relkind = 'm', relhasrules = true WHERE relname = 'mv'")
+        by_query, in_view = Counter(map(shown, rows)), Counter(map(shown, view))
+        missing, surplus = by_query - in_view, in_view - by_query
+        found = hook.verify("mv", examples=100)
+        assert (found.missing, found.surplus) == (missing.total(), surplus.total())
+        assert (found.view_rows, found.query_rows) == (len(view), len(rows))
+        assert (found.verdict == "equal") is (by_query == in_view)
+        for kind, model in (("missing", missing), ("surplus", surplus)):
+            told: Counter[tuple[str, ...]] = Counter()
+            for example in found.examples:
+                if example.kind == kind:
+                    a, f, s = example.row.values()
+                    row = (a and int(a), f and float(f), s)
+                    told[shown(row)] += example.times
+            assert told == model
+        assert hook.verify("mv", mode="checksum").verdict == found.verdict
+
+    check()
+
+
+def test_a_hostile_name_is_only_a_name_and_cannot_break_the_log(db: Database, caplog: pytest.LogCaptureFixture) -> None:
+    assert len(HOSTILE.encode()) <= 63
+    name = sql.Identifier(HOSTILE, HOSTILE)
+    with db.connect() as connection:
+        connection.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(HOSTILE)))
+        below = sql.Identifier(HOSTILE, "below")
+        connection.execute(
+            sql.SQL("CREATE MATERIALIZED VIEW {} AS SELECT 1 AS {}, E'::endgroup::\\n\u202e' AS v -- of %s").format(
+                below, sql.Identifier(HOSTILE)
+            )
+        )
+        connection.execute(sql.SQL("CREATE MATERIALIZED VIEW {} AS TABLE {}").format(name, below))
+        connection.execute(sql.SQL("CREATE UNIQUE INDEX ON {} ({})").format(name, sql.Identifier(HOSTILE)))
+        connection.execute(sql.SQL("REFRESH MATERIALIZED VIEW {} WITH NO DATA").format(below))
+        connection.execute(sql.SQL("REFRESH MATERIALIZED VIEW {}").format(below))
+        connection.execute(
+            "UPDATE pg_class SET relkind = 'r', relhasrules = false WHERE relname = %s AND relkind = 'm'", (HOSTILE,)
+        )
+        connection.execute(sql.SQL("UPDATE {} SET v = 'other'").format(name))
+        connection.execute(
+            "UPDATE pg_class SET relkind = 'm', relhasrules = true WHERE relname = %s AND relkind = 'r'", (HOSTILE,)
+        )
+    hook = hook_on(db)
+    text = str(ViewName(HOSTILE, HOSTILE))
+    for mode in ("exact", "sampled"):
+        found = hook.verify(text, mode=mode)
+        assert (found.view, found.verdict, found.changed) == (text, "differs", 1)
+        (line,) = [example.line() for example in found.examples]
+        assert line.isprintable()
+        assert line.endswith("=1: v other in the view, '::endgroup::\\n\\u202e' by its query")
+    with caplog.at_level(logging.INFO):
+        report = hook.verify_many([text, "*.*"], rounds=1)
+    assert [each.verdict.value for each in report.verifications] == ["equal", "differs"]
+    assert not [record for record in caplog.messages if record.startswith("::endgroup::") and record != "::endgroup::"]
+
+
+def test_a_view_that_was_never_filled_is_said_to_be_so_and_others_are_errors(db: Database) -> None:
+    db.execute("CREATE MATERIALIZED VIEW empty AS SELECT 1 AS a WITH NO DATA", "CREATE TABLE t ()")
+    db.execute("CREATE MATERIALIZED VIEW bare AS SELECT FROM t", "INSERT INTO t DEFAULT VALUES")
+    hook = hook_on(db)
+    assert hook.verify("empty").verdict == "unpopulated"
+    assert hook.compare_timings(["empty"])[0].reason == "it has never been filled (WITH NO DATA)"
+    bare = hook.verify("bare")
+    assert (bare.verdict, bare.missing) == ("differs", 1)
+    assert bare.examples[0].line() == "a row without columns: its query has it, the view lacks it"
+    with pytest.raises(ViewNotFound):
+        hook.verify("absent")
+    with pytest.raises(NotAMaterializedView):
+        hook.verify("t")
+
+
+class _Interrupted(Driver):
+    """Calls something once, after the snapshot is taken and before anything is locked."""
+
+    def __init__(self, database: Database, act: Callable[[], None]) -> None:
+        super().__init__(connecting(database))
+        self.act: Callable[[], None] | None = act
+
+    def _perform(self, instruction: Instruction) -> Result:
+        if isinstance(instruction, Query) and self.act is not None:
+            text = instruction.statement.as_string(None)
+            if "pg_get_viewdef" in text:
+                act, self.act = self.act, None
+                act()
+        return super()._perform(instruction)
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        ("INSERT INTO orders VALUES (500, 5, 5)", "REFRESH MATERIALIZED VIEW mv"),
+        ("TRUNCATE orders", "REFRESH MATERIALIZED VIEW CONCURRENTLY mv"),
+        ("ALTER TABLE orders ALTER amount TYPE text", "REFRESH MATERIALIZED VIEW mv"),
+        (
+            "ALTER MATERIALIZED VIEW mv RENAME TO former",
+            "CREATE MATERIALIZED VIEW mv AS SELECT order_id FROM orders WHERE order_id < 9",
+        ),
+    ],
+    ids=["refreshed", "truncated", "altered", "replaced"],
+)
+def test_what_is_refreshed_or_replaced_in_that_very_moment_is_no_difference(
+    db: Database, meanwhile: tuple[LiteralString, ...]
+) -> None:
+    _orders(db)
+    if "ALTER amount" in meanwhile[0]:
+        db.execute("DROP MATERIALIZED VIEW mv", "CREATE MATERIALIZED VIEW mv AS SELECT order_id, shop FROM orders")
+    work = verify.verify_view(Subject(ViewName.parse("mv")), Ledger("matviews"), Terms(), Scope())
+    driver = _Interrupted(db, lambda: db.execute(*meanwhile))
+    with driver:
+        found = driver.run(work)
+    assert driver.act is None
+    assert (found.verdict, found.view_rows) == ("equal", db.value("SELECT count(*) FROM mv"))
+
+
+def test_a_view_dropped_in_that_very_moment_is_not_found(db: Database) -> None:
+    _orders(db)
+    work = verify.verify_view(Subject(ViewName.parse("mv")), Ledger("matviews"), Terms(), Scope())
+    with (
+        _Interrupted(db, lambda: db.execute("DROP MATERIALIZED VIEW mv")) as driver,
+        pytest.raises(ViewNotFound, match="mv does not exist"),
+    ):
+        driver.run(work)
+
+
+def test_it_waits_for_who_refreshes_the_view_and_no_longer_than_it_may(
+    db: Database, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    _orders(db)
+    with db.connect() as connection, beside(partial(hook_on(db).verify, "mv", lock_timeout=0.05)) as verifying:
+        with connection.transaction():
+            connection.execute("INSERT INTO orders VALUES (500, 5, 5)")
+            connection.execute("REFRESH MATERIALIZED VIEW mv")
+            with pytest.raises(psycopg.errors.LockNotAvailable) as caught:
+                hook_on(db).verify("mv", lock_timeout=0.05, max_wait=0.2)
+            assert "verify at a quieter hour" in caught.value.__notes__[0]
+            assert not verifying.done()
+        found = verifying.result(timeout=10)
+    assert (found.verdict, found.view_rows) == ("equal", 201)
+    assert "is locked" in caplog.text
+    assert "REFRESH MATERIALIZED VIEW mv" in caplog.text
+
+
+def test_it_is_stopped_on_the_server_when_cancelled_and_when_time_is_up(db: Database) -> None:
+    db.execute(
+        GATE, "CREATE MATERIALIZED VIEW mv AS SELECT gate() AS a", "CREATE MATERIALIZED VIEW two AS SELECT 2 AS a"
+    )
+    hook = hook_on(db)
+    with gate_closed(db) as release, beside(partial(hook.verify, "mv"), release) as verifying:
+        until(db, AT_THE_GATE)
+        assert hook.cancel("somebody said so")
+        with pytest.raises(OperationCancelled, match="somebody said so"):
+            verifying.result(timeout=10)
+        until(db, sql.SQL("SELECT NOT ({})").format(sql.SQL(AT_THE_GATE)))
+        with pytest.raises(OperationTimedOut):
+            hook_on(db).verify("mv", timeout=0.3)
+        report = hook_on(db).verify_many(["mv", "two"], timeout=0.5)
+        assert {each.view: each.verdict.value for each in report.verifications} == {"mv": "failed", "two": "equal"}
+        late = hook_on(db, longest=0.5).verify_many(["mv", "two"])
+        assert "mv" in [each.view for each in late.verifications if each.verdict is Verdict.FAILED]
+    with gate_closed(db) as release, beside(partial(hook.verify_many, ["mv", "two"]), release) as several:
+        until(db, AT_THE_GATE)
+        assert hook.cancel("and again")
+        with pytest.raises(OperationCancelled, match="and again"):
+            several.result(timeout=10)
+
+
+def test_a_missing_right_is_told_with_the_grant_that_mends_it_and_the_query_runs_as_the_owner(db: Database) -> None:
+    owner, reader = db.role(), db.role()
+    with db.connect() as connection:
+        connection.execute(
+            "CREATE SCHEMA deep; CREATE TABLE deep.t AS SELECT 1 AS a; GRANT USAGE ON SCHEMA public TO PUBLIC"
+        )
+        connection.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(owner)))
+        connection.execute(
+            sql.SQL(
+                "GRANT USAGE ON SCHEMA deep TO {0}; GRANT SELECT ON deep.t TO {0}; ALTER TABLE deep.t OWNER TO postgres"
+            ).format(sql.Identifier(owner))
+        )
+        connection.execute("CREATE MATERIALIZED VIEW mv AS SELECT a FROM deep.t")
+        connection.execute(sql.SQL("ALTER MATERIALIZED VIEW mv OWNER TO {}").format(sql.Identifier(owner)))
+        # Of the table's rows everybody sees those of their own.
+        connection.execute("ALTER TABLE deep.t ENABLE ROW LEVEL SECURITY")
+        connection.execute(sql.SQL("CREATE POLICY p ON deep.t TO {} USING (true)").format(sql.Identifier(owner)))
+    for attempt in range(3):
+        with pytest.raises(MissingPrivilege) as caught:
+            hook_on(db, reader).verify("mv")
+        assert f"{reader} may not read" in str(caught.value) or attempt
+        hint = str(caught.value.hint).removeprefix("run: ")
+        grants = hint.split(" (or")[0]
+        with db.connect() as connection:
+            connection.execute(grants)  # type: ignore[call-overload]
+        break
+    found = hook_on(db, reader).verify("mv")
+    assert (found.verdict, found.role, found.surplus) == ("differs", reader, 1)
+    assert "row security decides what it sees of deep.t" in found.reason or found.stale is None
+    assert f"is run by {reader}, and not by its owner {owner}" in found.notes[0]
+    # As REFRESH does: the superuser passes over row security, and the owner is who counts.
+    with db.connect() as connection:
+        connection.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(owner), sql.Identifier(reader)))
+        connection.execute(sql.SQL("ALTER ROLE {} NOINHERIT").format(sql.Identifier(reader)))
+    for user in (reader, "postgres"):
+        found = hook_on(db, user).verify("mv")
+        assert (found.verdict, found.role, found.notes) == ("equal", owner, ())
+    with db.connect() as connection:
+        connection.execute(sql.SQL("REVOKE SELECT ON deep.t FROM {}").format(sql.Identifier(owner)))
+    with pytest.raises(MissingPrivilege, match=f"{owner}, its owner, may not read deep.t") as caught:
+        hook_on(db).verify("mv")
+    assert f'GRANT SELECT ON deep.t TO "{owner}";' in str(caught.value.hint)
+
+
+def test_a_sample_asks_only_for_its_keys_and_is_the_same_for_the_same_seed(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE t AS SELECT i AS id, i % 100 AS grp FROM generate_series(1, 5000) i",
+        "CREATE MATERIALIZED VIEW mv AS SELECT grp, id / 1000 AS part, sum(1 / (id - 7000)) AS s, "
+        "'x' || grp AS name FROM t GROUP BY 1, 2",
+        "CREATE UNIQUE INDEX ON mv (part, grp)",
+        # Divides by zero where anybody computes its row.
+        "INSERT INTO t VALUES (7000, 1000)",
+        "ANALYZE mv",
+    )
+    hook = hook_on(db)
+    with pytest.raises(psycopg.errors.DivisionByZero):
+        hook.verify("mv")
+    assert hook.verify("mv", mode="sampled", sample=50).verdict == "equal"
+    _damage(db, "mv", "UPDATE mv SET name = name || '!'")
+    found = [
+        {example.line() for example in hook.verify("mv", mode="sampled", sample=20, seed=seed, examples=20).examples}
+        for seed in (1, 1, 2)
+    ]
+    assert len(found[0]) == 20
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [("1.000000000001", "rounding"), ("1.0001", "corrupt")])
+def test_last_digits_of_floats_are_told_from_damage(db: Database, factor: LiteralString, verdict: str) -> None:
+    _write(
+        db,
+        "CREATE TABLE t AS SELECT i AS id, i / 3.0::double precision AS f FROM generate_series(1, 20) i",
+        "CREATE MATERIALIZED VIEW mv AS SELECT id, f, 'text' AS s FROM t",
+        "CREATE UNIQUE INDEX ON mv (id)",
+    )
+    hook_on(db).refresh("mv")
+    _damage(
+        db,
+        "mv",
+        "UPDATE mv SET f = f * 1.000000000001 WHERE id < 5",
+        "UPDATE mv SET f = f * " + factor + " WHERE id = 7",
+    )
+    found = hook_on(db).verify("mv")
+    assert (found.verdict, found.changed) == (verdict, 5)
+    _damage(db, "mv", "UPDATE mv SET s = 'test' WHERE id = 9")
+    assert hook_on(db).verify("mv").verdict == "corrupt"
+
+
+def test_pairs_are_told_right_though_there_are_more_than_are_looked_at(db: Database) -> None:
+    db.execute(
+        "CREATE TABLE t AS SELECT i AS id, 0 AS a FROM generate_series(1, 3000) i",
+        "CREATE MATERIALIZED VIEW mv AS SELECT a, id FROM t WHERE id > 100",
+        "CREATE UNIQUE INDEX ON mv (id)",
+        "UPDATE t SET a = 1, id = CASE WHEN id % 3 = 0 THEN id + 100000 ELSE id END",
+    )
+    found = hook_on(db).verify("mv", examples=50)
+    assert (found.missing, found.surplus, found.changed) == (2967, 2900, None)
+    ids = {
+        kind: [int(e.row["id"] or 0) for e in found.examples if e.kind == kind]
+        for kind in ("changed", "missing", "surplus")
+    }
+    assert [len(each) for each in ids.values()] == [50, 50, 50]
+    assert all(each > 100 and each % 3 for each in ids["changed"])
+    assert all(each <= 100 or each > 100000 for each in ids["missing"])
+    assert all(each % 3 == 0 for each in ids["surplus"])
+
+
+def test_rows_that_cannot_be_read_are_damage_and_so_told(db: Database) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW mv AS SELECT a FROM t")
+    db.execute("CREATE MATERIALIZED VIEW fine AS SELECT a FROM t")
+    db.execute("UPDATE pg_class SET relfilenode = 4242424 WHERE relname = 'mv'")
+    found = hook_on(db).verify("mv")
+    assert found.verdict == "corrupt"
+    assert "its rows cannot be read: could not open file" in found.reason
+    db.execute("UPDATE pg_class SET relfilenode = 4242424 WHERE relname = 't'")
+    with pytest.raises(psycopg.errors.UndefinedFile) as caught:
+        hook_on(db).verify("fine")
+    assert "fine itself can be read" in caught.value.__notes__[0]
+
+
+def test_a_definition_says_besides_whether_the_view_is_what_it_declares(db: Database) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a, timestamptz '2024-01-01 00:00+00' AS at")
+    definition = MatViewDefinition(
+        name="mv", sql="SELECT a, at::text FROM t", session_settings={"TimeZone": "Asia/Tokyo"}
+    )
+    hook = hook_on(db)
+    hook.create(definition)
+    found = hook.verify(definition)
+    # Under the settings of the definition: elsewhere it is another text.
+    assert (found.verdict, found.drift) == ("equal", "")
+    other = MatViewDefinition(name="mv", sql="SELECT a + 1 AS a, at::text FROM t")
+    found = hook.verify_many(definitions=[other]).verifications[0]
+    assert (found.drift or "").startswith("change query")
+    assert "not the declared one" in found.notes[0]
+
+
+def test_bad_input_is_refused_before_anything_is_asked(db: Database) -> None:
+    hook = hook_on(db)
+    for arguments in (
+        {"mode": "quick"},
+        {"sample": 0},
+        {"sample": True},
+        {"seed": -1},
+        {"examples": "5"},
+        {"timeout": 0},
+        {"session_settings": {"role": "postgres"}},
+    ):
+        with pytest.raises(InvalidDefinition):
+            hook.verify("mv", **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InvalidDefinition):
+        hook.compare_timings(["mv"], rounds=0)
+    with pytest.raises(InvalidDefinition):
+        hook.verify_many()
+    with pytest.raises(ViewNotFound):
+        hook.verify_many(["absent"])
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_the_task_fails_on_what_it_was_told_to_and_tells_it_all_the_same(
+    db: Database, deferrable: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    password = "s3cret/pass word"
+    set_connection(monkeypatch, db, password=password)
+    _orders(db)
+    db.execute(
+        "CREATE SCHEMA a",
+        "CREATE MATERIALIZED VIEW a.good AS SELECT 1 AS a",
+        "CREATE MATERIALIZED VIEW a.e AS SELECT 1 / order_id AS a FROM orders",
+    )
+    with db.connect() as connection:
+        connection.execute("CREATE MATERIALIZED VIEW a.bad AS SELECT 'none'::text AS told, 1 AS id")
+        connection.execute("UPDATE pg_class SET relkind = 'r', relhasrules = false WHERE relname = 'bad'")
+        connection.execute("UPDATE a.bad SET told = 'it is ' || repeat('x', 50) || %s", (password,))
+        connection.execute("UPDATE pg_class SET relkind = 'm', relhasrules = true WHERE relname = 'bad'")
+    db.execute("INSERT INTO orders VALUES (0, 0, 0)")
+    path = tmp_path / "timings.csv"
+    common: dict[str, Any] = {"deferrable": deferrable}
+    with DAG(f"verify_{deferrable}", schedule=None) as dag:
+        VerifyMatViewOperator(task_id="all", views=["*.*"], timing_rounds=1, csv_path=str(path), **common)
+        VerifyMatViewOperator(
+            task_id="good", schemas=["a"], exclude=["a.bad", "a.e"], mode="{{ 'checksum' }}", **common
+        )
+        VerifyMatViewOperator(task_id="tolerated", view="a.bad", fail_on=["corrupt"], examples=0, **common)
+        VerifyMatViewOperator(task_id="none", views=["nothing.*"], **common)
+        VerifyMatViewOperator(task_id="typo", view="a.bad", fail_on=["corupt"], **common)
+        VerifyMatViewOperator(task_id="lonely", view="a.bad", csv_path="x.csv", **common)
+    run = run_dag(dag)
+    assert run.states == {
+        "all": "failed",
+        "good": "success",
+        "tolerated": "success",
+        "none": "skipped",
+        "typo": "failed",
+        "lonely": "failed",
+    }
+    told = run.xcom("all")
+    json.dumps(told)
+    verdicts = {each["view"]: each["verdict"] for each in told["views"]}
+    assert verdicts == {"mv": "stale", "a.good": "equal", "a.bad": "differs", "a.e": "failed"}
+    assert run.xcom("tolerated")["views"][0]["examples"] == []
+    assert "2 of 4 views did not pass" in run.log
+    assert "a.e could not be verified: division by zero" in run.log
+    assert "view    verdict  rows  missing  surplus  seconds  reason" in run.log.replace("\r", "")
+    assert "its query has it, the view lacks it" in run.log
+    # Not even the part of it that is left of a value that is cut.
+    for text in (run.log, json.dumps(told)):
+        assert password[:4] not in text.replace(str(tmp_path), "")
+    with path.open(newline="") as file:
+        rows = {row["view"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"mv", "a.good", "a.bad"}
+    assert rows["mv"]["rows"] == "200"
+    assert float(rows["mv"]["speed_up"]) == pytest.approx(
+        float(rows["mv"]["query_ms"]) / float(rows["mv"]["view_ms"]), rel=0.05
+    )
+
+
+@pytest.mark.e2e
+def test_a_change_that_is_counted_late_is_not_called_damage(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "SETTLING", SETTLING)
+    _orders(db)
+    with db.connect() as connection:
+        # The first is counted at once; the second within a second of that, and so up to 10 s late.
+        connection.execute("UPDATE orders SET amount = amount WHERE false")
+        connection.execute("CREATE TABLE other AS SELECT 1")
+        connection.execute("INSERT INTO orders VALUES (201, 1, 1)")
+        found = hook_on(db).verify("mv")
+    assert found.verdict == "stale"
+
+
+@pytest.mark.e2e
+def test_a_standby_will_do(tmp_path: Path) -> None:
+    with PostgresServer(INSTALLATIONS[NEWEST]) as primary:
+        database = Database(primary, "postgres")
+        _orders(database)
+        with standby_of(primary, tmp_path) as server:
+            standby = Database(server, "postgres")
+            caught_up(database, standby)
+            found = hook_on(standby).verify("mv")
+            assert (found.verdict, found.view_rows) == ("equal", 200)
+            definition = MatViewDefinition(name="mv", sql="SELECT 1 AS a")
+            found = hook_on(standby).verify(definition)
+            assert (found.drift, "is a standby" in found.notes[0]) == (None, True)
+            _damage(database, "mv", "DELETE FROM mv WHERE order_id = 3")
+            caught_up(database, standby)
+            # Its counters are its own.
+            assert hook_on(standby).verify("mv").verdict == "differs"
+
+
+@given(st.lists(st.none() | st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=6), min_size=1))
+def test_a_rows_text_is_read_as_it_was_meant(values: list[str | None]) -> None:
+    # As record_out() writes it.
+    def field(value: str | None) -> str:
+        if value is None:
+            return ""
+        if value and not set(value) & set('"\\(), \t\n\r\v\f'):
+            return value
+        return '"' + value.replace("\\", "\\\\").replace('"', '""') + '"'
+
+    text = f"({','.join(map(field, values))})"
+    assert parse_row(text) == values
+    assert parse_row("()") == []
+    # Cut off, what is whole of it is right.
+    cut = parse_row(text[: len(text) // 2])
+    assert cut[:-1] == values[: len(cut) - 1]
+
+
+def test_a_key_that_is_twice_on_a_side_is_not_paired() -> None:
+    sides = Sides(
+        ResolvedName("public", "mv", "mv"),
+        "SELECT",
+        (ComparedColumn("a", "text"), ComparedColumn("k", "integer")),
+        (1,),
+    )
+    totals = {"missing": 2, "surplus": 1, "missing_groups": 2, "surplus_groups": 1, "view_rows": 5}
+    rows = [{"r": "(1,x)", "n": 1, **totals}, {"r": "(1,y)", "n": 1, **totals}, {"r": "(1,z)", "n": -1, **totals}]
+    found = read_differences(sides, rows, 5)
+    assert found.changed == 0
+    assert [(each.kind, each.row) for each in found.examples] == [
+        ("missing", {"k": "1", "a": "x"}),
+        ("missing", {"k": "1", "a": "y"}),
+        ("surplus", {"k": "1", "a": "z"}),
+    ]
