@@ -36,6 +36,7 @@ def get_provider_info() -> dict[str, Any]:
                 ],
             }
         ],
+        "cli": ["airflow_provider_matviews.cli.definition.get_matviews_commands"],
         "extra-links": ["airflow_provider_matviews.links.matview.MatViewRunLink"],
         "plugins": [
             {

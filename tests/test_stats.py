@@ -192,6 +192,20 @@ def test_a_fleet_tells_of_each_view_once_also_of_those_that_were_left(db: Databa
     assert sorted(ended) == [("bad", "failed"), ("good", "updated")]
 
 
+def test_what_was_tried_again_or_had_been_done_by_another_copy_counts_once(db: Database, statsd: StatsD) -> None:
+    db.execute("CREATE MATERIALIZED VIEW a AS SELECT 1 AS id", "CREATE MATERIALIZED VIEW b AS SELECT 1 AS id")
+    for _ in range(2):
+        asyncio.run(hook_on(db).arefresh("a", deferral="one"))
+    assert _counts(statsd.received()).count("refresh.duration") == 1
+    # Room for one of the two at a time.
+    role = db.role("LOGIN IN ROLE postgres CONNECTION LIMIT 2")
+    hook_on(db, role).refresh_many(["*"], at_once=2)
+    received = statsd.received()
+    assert _counts(received).count("refresh.duration") == 2
+    assert {tags["view"] for name, tags, _, _ in received if name == "refresh.duration"} == {"a", "b"}
+    assert "refresh.failures" not in _counts(received)
+
+
 def test_without_tags_the_names_are_the_same_and_a_dry_run_sends_nothing(
     db: Database, statsd: StatsD, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,6 +51,15 @@ class RecordHook(ServerHook):
 
         return self._read(read())
 
+    def recorded_run(self, run_id: int) -> Run | None:
+        """Return one run by its id, or None. (``run`` is what every hook of Airflow's runs SQL with.)"""
+
+        def read() -> Work[Run | None]:
+            yield from ensure_schema(self.tracking_schema)
+            return (yield from self._ledger.run(run_id))
+
+        return self._read(read())
+
     def last_run(self, view: str) -> Run | None:
         """Return the latest run of a view, or None before its first."""
         runs = self.runs(view, limit=1)

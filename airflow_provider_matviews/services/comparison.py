@@ -355,10 +355,8 @@ def parse_row(text: str) -> list[str | None]:
     """Return the values of a row as PostgreSQL shows it: ``(17,"two words",)``; None for NULL.
 
     See https://www.postgresql.org/docs/current/rowtypes.html#ROWTYPES-IO-SYNTAX. A text that was cut off gives the
-    values as far as they go.
+    values as far as they go. ``()`` is a row of one NULL, or of no column at all.
     """
-    if text == "()":
-        return []
     values: list[str | None] = []
     place, end = 1, len(text)
     while True:

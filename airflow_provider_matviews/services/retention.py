@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
@@ -341,11 +341,11 @@ def retain(ledger: Ledger, records: Sequence[DefinitionRecord], *, ended: bool =
             running=sql.Literal(int(RunStatus.RUNNING)),
         )
         parameters = {
-            "definitions": [key[0] for key, _, _ in kinds],
-            "operations": [key[1] for key, _, _ in kinds],
-            "statuses": [key[2] for key, _, _ in kinds],
-            "keeps": [keep for _, keep, _ in kinds],
-            "ages": [age for _, _, age in kinds],
+            "definitions": _array(key[0] for key, _, _ in kinds),
+            "operations": _array(key[1] for key, _, _ in kinds),
+            "statuses": _array(key[2] for key, _, _ in kinds),
+            "keeps": _array(keep for _, keep, _ in kinds),
+            "ages": _array(age for _, _, age in kinds),
             "limit": RETAINED_AT_ONCE,
         }
         deleting = fetch_one(statement, parameters, Session.RECORD)
@@ -365,6 +365,11 @@ def retain(ledger: Ledger, records: Sequence[DefinitionRecord], *, ended: bool =
             f"Retention has deleted {row['removed']:,} older runs, which is all that the end of one run does; the next "
             "ones go on, and PruneMatViewRunsOperator does it at once."
         )
+
+
+def _array(values: Iterable[int | float | datetime | None]) -> str:
+    """Return an array as PostgreSQL reads it. A list would be looked at value by value, by Python: 100 ms a prune."""
+    return "{" + ",".join("NULL" if value is None else f'"{value}"' for value in values) + "}"
 
 
 def _of(kind: str) -> sql.Composable:
@@ -446,11 +451,14 @@ def _prune_all(
         return
     memory = yield from _remember(ledger)
     told, first = begun, True
+    waiting: list[_Kind] = []
     for start in range(0, len(ids), _LOOKED_AT):
         some = {number: policies[number] for number in ids[start : start + _LOOKED_AT]}
-        kinds += yield from _look(ledger, some, memory)
+        found = yield from _look(ledger, some, memory)
+        kinds += found
+        waiting += found
         looked_at = start + len(some)
-        while not pruning.dry_run and (batch := list(_batch(kinds, pruning.batch_size))):
+        while not pruning.dry_run and (batch := list(_batch(waiting, pruning.batch_size))):
             if looked_at < len(ids) and sum(count for _, count in batch) < pruning.batch_size:
                 # Those of the next views go with it.
                 break
@@ -458,6 +466,7 @@ def _prune_all(
                 yield Pause(pruning.pause)
             first = False
             yield from _delete(ledger, batch)
+            waiting = [kind for kind in waiting if kind.remaining]
             told = yield from _tell_progress(kinds, looked_at, len(ids), told)
         told = yield from _tell_progress(kinds, looked_at, len(ids), told)
     if not pruning.dry_run:
@@ -525,11 +534,11 @@ def _keep(ledger: Ledger, memory: _Memory, kinds: Sequence[_Kind]) -> Work[None]
         # Where somebody else has deleted some meanwhile it will be more.
         "deletions": memory.deletions + sum(kind.removed for kind in kinds),
         "counted_at": memory.counted_at,
-        "definitions": [definition for definition, _, _ in known],
-        "operations": [operation for _, operation, _ in known],
-        "statuses": [status for _, _, status in known],
+        "definitions": _array(definition for definition, _, _ in known),
+        "operations": _array(operation for _, operation, _ in known),
+        "statuses": _array(status for _, _, status in known),
         **{
-            name: [facts[place] for facts in known.values()]
+            name: _array(facts[place] for facts in known.values())
             for place, name in enumerate(("runs", "moments", "ids", "first_ids"))
         },
     }
@@ -603,11 +612,11 @@ def _look(ledger: Ledger, policies: Mapping[int, RetentionPolicy], memory: _Memo
             """
         ).format(runs=ledger.table("mat_view_runs"), of_k=_of("k")),
         {
-            "definitions": [key[0] for key, *_ in asked],
-            "operations": [key[1] for key, *_ in asked],
-            "statuses": [key[2] for key, *_ in asked],
+            "definitions": _array(key[0] for key, *_ in asked),
+            "operations": _array(key[1] for key, *_ in asked),
+            "statuses": _array(key[2] for key, *_ in asked),
             **{
-                name: [row[place] for row in asked]
+                name: _array(row[place] for row in asked)
                 for place, name in enumerate(("keeps", "ages", "known", "known_at", "known_ids", "first_ids"), start=1)
             },
             "now": memory.now,
@@ -648,12 +657,12 @@ def _delete(ledger: Ledger, batch: Sequence[tuple[_Kind, int]]) -> Work[None]:
         """
     ).format(runs=ledger.table("mat_view_runs"), of_c=_of("c"), running=sql.Literal(int(RunStatus.RUNNING)))
     parameters = {
-        "definitions": [kind.definition for kind, _ in batch],
-        "operations": [kind.operation for kind, _ in batch],
-        "statuses": [kind.status for kind, _ in batch],
-        "moments": [kind.created_at for kind, _ in batch],
-        "ids": [kind.id for kind, _ in batch],
-        "limits": [some for _, some in batch],
+        "definitions": _array(kind.definition for kind, _ in batch),
+        "operations": _array(kind.operation for kind, _ in batch),
+        "statuses": _array(kind.status for kind, _ in batch),
+        "moments": _array(kind.created_at for kind, _ in batch),
+        "ids": _array(kind.id for kind, _ in batch),
+        "limits": _array(some for _, some in batch),
     }
     for attempt in range(1, _ATTEMPTS + 1):
         try:

@@ -171,6 +171,8 @@ class Opening:
 
     :param subject: the view, with its definition where one is at hand.
     :param terms: settings and limits; ``if_locked`` and ``deferral`` mean nothing here.
+    :ivar step: what it is doing, for who looks at it while it takes long.
+    :ivar opened: the view as far as it was opened, also where that failed.
     """
 
     subject: Subject
@@ -180,6 +182,7 @@ class Opening:
     step: str = "waiting for its turn"
     pid: int = 0
     notes: list[str] = field(default_factory=list)
+    opened: OpenedView | None = None
     _display: str = ""
 
     def open(self) -> Work[OpenedView | ResolvedName]:
@@ -295,6 +298,7 @@ class Opening:
         yield from apply_settings(settings)
         role = yield from self._act_as(facts, server)
         sides = yield from self._sides(view, facts)
+        self.opened = OpenedView(view, facts, sides, role, standing)
         # Locks everything that either side reads, and finds out what the role may not read.
         try:
             yield from fetch_all(sql.SQL("EXPLAIN {}").format(sides.both()))
@@ -304,7 +308,7 @@ class Opening:
         moved = yield from fetch_one(_MOVED.format(name=sql.Literal(view.ddl), oid=sql.Literal(facts.oid)))
         if moved is None or moved["moved"]:
             raise _Moved
-        return OpenedView(view, facts, sides, role, standing)
+        return self.opened
 
     def _act_as(self, facts: ViewFacts, server: ServerFacts) -> Work[str]:
         """Become the view's owner, as REFRESH does, where that is allowed; return as whom the query runs."""

@@ -87,17 +87,10 @@ def verify_view(
     opening = Opening(subject, ledger, terms)
     try:
         drift = None if plan is None else (yield from _drift(plan, opening.notes))
-        opened = yield from opening.open()
-        if isinstance(opened, ResolvedName):
-            yield from roll_back()
-            found = Verification(
-                opened.display,
-                Verdict.UNPOPULATED,
-                "it has never been filled (WITH NO DATA): there is nothing to compare",
-                scope.mode,
-            )
-        else:
-            found = yield from _verify(opened, opening, scope)
+        try:
+            found = yield from _verify(opening, scope)
+        except _UNREADABLE_BLOCKS as error:
+            found = yield from _damaged(opening, scope, error)
         found = replace(found, drift=drift, seconds=time.monotonic() - opening.begun, notes=tuple(opening.notes))
     except BaseException as error:
         if isinstance(error, psycopg.errors.SerializationFailure):
@@ -123,7 +116,12 @@ def _drift(plan: Callable[[], Work[Plan]], notes: list[str]) -> Work[str | None]
     return found.summary() if found.stands else None
 
 
-def _verify(opened: OpenedView, opening: Opening, scope: Scope) -> Work[Verification]:
+def _verify(opening: Opening, scope: Scope) -> Work[Verification]:
+    opened = yield from opening.open()
+    if isinstance(opened, ResolvedName):
+        yield from roll_back()
+        reason = "it has never been filled (WITH NO DATA): there is nothing to compare"
+        return Verification(opened.display, Verdict.UNPOPULATED, reason, scope.mode)
     rows = opened.facts.estimated_rows
     yield Note(
         f"Verifying {opened.view.display} ({scope.mode.value})"
@@ -132,25 +130,22 @@ def _verify(opened: OpenedView, opening: Opening, scope: Scope) -> Work[Verifica
     )
     found = Verification(opened.view.display, Verdict.EQUAL, "", scope.mode, role=opened.role)
     opening.step = "comparing its rows with those of its query"
-    try:
-        if scope.mode is VerifyMode.CHECKSUM:
-            found, differs = yield from _checksum(opened, found)
-            rounding = False
-        else:
-            differences, what = yield from _compare(opened, scope)
-            differs, rounding = bool(differences.missing or differences.surplus), differences.rounding
-            found = replace(
-                found,
-                reason=what,
-                view_rows=differences.view_rows,
-                query_rows=differences.query_rows,
-                missing=differences.missing,
-                surplus=differences.surplus,
-                changed=differences.changed if differs else 0,
-                examples=differences.examples,
-            )
-    except _UNREADABLE_BLOCKS as error:
-        return (yield from _damaged(opened, found, error))
+    rounding = False
+    if scope.mode is VerifyMode.CHECKSUM:
+        found, differs = yield from _checksum(opened, found)
+    else:
+        differences, what = yield from _compare(opened, scope)
+        differs, rounding = bool(differences.missing or differences.surplus), differences.rounding
+        found = replace(
+            found,
+            reason=what,
+            view_rows=differences.view_rows,
+            query_rows=differences.query_rows,
+            missing=differences.missing,
+            surplus=differences.surplus,
+            changed=differences.changed if differs else 0,
+            examples=differences.examples,
+        )
     loose = (yield from fetch_all(_LOOSE.format(oid=sql.Literal(opened.facts.oid), walk=WALK))) if differs else []
     yield Command(sql.SQL("COMMIT"))
     standing = opened.standing
@@ -259,17 +254,19 @@ def _judge(opened: OpenedView, loose: list[str]) -> Work[tuple[Verdict, bool | N
     )
 
 
-def _damaged(opened: OpenedView, found: Verification, error: psycopg.Error) -> Work[Verification]:
+def _damaged(opening: Opening, scope: Scope, error: psycopg.Error) -> Work[Verification]:
     """Say which side cannot be read."""
     yield from roll_back()
+    opened = opening.opened
+    if opened is None:
+        raise error
     try:
         yield from fetch_all(sql.SQL("SELECT count({}) AS n FROM {}").format(opened.sides.text(), opened.sides.of_view))
     except _UNREADABLE_BLOCKS as again:
-        return replace(
-            found,
-            verdict=Verdict.CORRUPT,
-            reason=f"its rows cannot be read: {again.diag.message_primary}. A refresh writes them anew",
-        )
+        reason = f"its rows cannot be read: {again.diag.message_primary}. A refresh writes them anew"
+        return Verification(opened.view.display, Verdict.CORRUPT, reason, scope.mode, role=opened.role)
+    except psycopg.Error:
+        raise error from None
     error.add_note(f"{opened.view.display} itself can be read: what its query reads, or an index of that, is damaged.")
     raise error
 

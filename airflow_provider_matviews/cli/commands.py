@@ -1,0 +1,386 @@
+"""``airflow matviews``: what the commands do. The story goes to stderr, what was asked for to stdout."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from airflow.cli.simple_table import AirflowConsole
+from airflow.providers.common.compat.sdk import AirflowException
+from airflow.utils import yaml
+
+from airflow_provider_matviews.cli.terminal import confirm, story, working
+from airflow_provider_matviews.definition import MatViewDefinition, load_definitions
+from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, MatViewError
+from airflow_provider_matviews.hooks.matview import MatViewHook
+from airflow_provider_matviews.names import ViewName
+from airflow_provider_matviews.outcome import summary
+from airflow_provider_matviews.services.overview import glance
+from airflow_provider_matviews.services.response import ServiceResponse
+
+#: Something differs, or a rule is broken: no failure, and nothing to pass over in a script.
+DIFFERS = 3
+INTERRUPTED = 130
+
+
+class _Hook(MatViewHook):
+    """Tells its story on the terminal."""
+
+    @property
+    def log(self) -> logging.Logger:
+        """Where it is told."""
+        return story()
+
+
+def _command(function: Callable[[Namespace], int]) -> Callable[[Namespace], None]:
+    """End the process as scripts expect it to end."""
+
+    @functools.wraps(function)
+    def run(args: Namespace) -> None:
+        try:
+            code = function(args)
+        except KeyboardInterrupt:
+            sys.stderr.write("Interrupted: what ran was stopped on the server, and is undone there.\n")
+            code = INTERRUPTED
+        except BrokenPipeError:
+            # Whoever reads has seen enough.
+            sys.stderr.close()
+            code = 0
+        except (MatViewError, AirflowException, psycopg.Error, OSError) as error:
+            sys.stderr.write("\n".join([str(error), *getattr(error, "__notes__", ())]) + "\n")
+            code = 1
+        if code:
+            raise SystemExit(code)
+
+    return run
+
+
+def _hook(args: Namespace) -> MatViewHook:
+    return _Hook(postgres_conn_id=args.conn_id, tracking_schema=args.tracking_schema)
+
+
+def _show(args: Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
+    plain = [dict(row) for row in rows]
+    if args.output == "json":
+        # Airflow's own makes text of every number.
+        sys.stdout.write(json.dumps(plain, indent=2, default=str, ensure_ascii=False) + "\n")
+    elif args.output == "yaml":
+        sys.stdout.write(yaml.dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True))
+    else:
+        shown = [{name: "" if value is None else value for name, value in row.items()} for row in plain]
+        AirflowConsole().print_as(shown, output=args.output)
+
+
+def _facts(args: Namespace, facts: Mapping[str, Any]) -> None:
+    """Show one thing: its facts one below the other on a terminal, as one object elsewhere."""
+    if args.output in ("json", "yaml"):
+        _show(args, [facts])
+    else:
+        _show(args, [{"fact": name, "value": _text(value)} for name, value in facts.items() if value not in (None, [])])
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "\n".join(map(str, value))
+    return str(value)
+
+
+def _definitions(files: Iterable[str]) -> list[MatViewDefinition]:
+    found: list[MatViewDefinition] = []
+    for name in files:
+        path = Path(name)
+        found += load_definitions(path).values() if path.is_dir() else [MatViewDefinition.from_file(path)]
+    if not found:
+        raise InvalidDefinition(f"There is no .sql file in {', '.join(files)}.")
+    return found
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else round(milliseconds / 1000, 2)
+
+
+def _moment(at: datetime | None) -> str | None:
+    return None if at is None else at.astimezone().isoformat(" ", "seconds")
+
+
+@_command
+def list_command(args: Namespace) -> int:
+    """List views with their state."""
+    rows = []
+    for metrics in _hook(args).metrics(args.views):
+        seen, last = glance(metrics), metrics.last_attempt
+        rows.append(
+            {
+                "view": metrics.view,
+                "state": seen.state.value,
+                "last_filled": _moment(metrics.last_filled_at),
+                "seconds": _seconds(metrics.durations_ms[0] if metrics.durations_ms else None),
+                "rows": metrics.row_count,
+                "bytes": metrics.heap_bytes,
+                "strategy": last.strategy if last else None,
+                "why": seen.reason,
+            }
+        )
+    _show(args, rows)
+    return 0
+
+
+@_command
+def show_command(args: Namespace) -> int:
+    """Show one view."""
+    known = _hook(args).describe(args.view)
+    last = known.last_run
+    _facts(
+        args,
+        {
+            "view": known.name,
+            "owner": known.owner,
+            "populated": known.populated,
+            "estimated_rows": known.estimated_rows,
+            "declared": bool(known.definition and known.definition.declaration),
+            "refresh_strategy": known.definition and known.definition.refresh_strategy.value,
+            "last_run": last and f"{last.operation} {last.status} at {_moment(last.started_at)} (run {last.id})",
+            "columns": [f"{name} {kind}" for name, kind in known.columns],
+            "indexes": [index.definition for index in known.indexes],
+            "sources": list(known.sources),
+            "dependents": list(known.dependents),
+            "attachments": [each.description for each in known.attachments],
+            "query": known.query,
+        },
+    )
+    return 0
+
+
+@_command
+def plan_command(args: Namespace) -> int:
+    """Compare definitions with the database."""
+    hook = _hook(args)
+    plans = [hook.plan(definition) for definition in _definitions(args.files)]
+    if args.output in ("json", "yaml"):
+        _show(args, [plan.as_dict() for plan in plans])
+    else:
+        rows = []
+        for plan in plans:
+            rows += [
+                {"view": plan.view, "step": step.title, "why": step.why, "lock": f"{step.lock.value}: {step.cost}"}
+                for step in plan.steps
+            ]
+            rows += [{"view": plan.view, "step": "refused", "why": text, "lock": ""} for text in plan.refusals]
+            if plan.empty and not plan.refusals:
+                rows.append({"view": plan.view, "step": "", "why": "nothing differs", "lock": ""})
+        _show(args, rows)
+    return DIFFERS if any(plan.steps or plan.refusals for plan in plans) else 0
+
+
+@_command
+def create_command(args: Namespace) -> int:
+    """Create views, or make them what they should be."""
+    hook = _hook(args)
+    done = []
+    for definition in _definitions(args.files):
+        with working(hook, str(definition.view)):
+            response = hook.create(
+                definition, force=args.force, on_drift=args.on_drift, dry_run=args.dry_run, **_manners(args)
+            )
+        done.append(_outcome(response))
+    _show(args, done)
+    return 0
+
+
+@_command
+def refresh_command(args: Namespace) -> int:
+    """Refresh views."""
+    hook = _hook(args)
+    arguments = {
+        "refresh_strategy": args.strategy,
+        "skip_unchanged": args.skip_unchanged,
+        "ignore_windows": args.ignore_windows,
+        "dry_run": args.dry_run,
+        **_manners(args),
+    }
+    if len(args.views) == 1 and not args.exclude and not set("*?[") & set(args.views[0]):
+        with working(hook, args.views[0]):
+            response = hook.refresh(args.views[0], **arguments)
+        _show(args, [_outcome(response)])
+        return 0
+    code = 0
+    try:
+        result = hook.refresh_many(args.views, exclude=args.exclude, at_once=args.at_once, **arguments)
+    except FleetFailed as error:
+        sys.stderr.write(f"{error}\n")
+        if error.result is None:
+            raise
+        result, code = error.result, 1
+    _show(args, [_row(each) for each in result.as_dict(hook.redact)["views"]])
+    return code
+
+
+@_command
+def drop_command(args: Namespace) -> int:
+    """Drop a view."""
+    hook = _hook(args)
+    ViewName.parse(args.view)
+    if not args.dry_run and not args.yes:
+        confirm(
+            f"Drop the materialized view {args.view} of {args.conn_id}" + (", and what is built on it" * args.cascade)
+        )
+    response = hook.delete(args.view, cascade=args.cascade, force=args.force, dry_run=args.dry_run, **_manners(args))
+    _show(args, [_outcome(response)])
+    return 0
+
+
+@_command
+def verify_command(args: Namespace) -> int:
+    """Compare views with their queries."""
+    hook = _hook(args)
+    report = hook.verify_many(
+        args.views, exclude=args.exclude, mode=args.mode, sample=args.sample, timeout=args.timeout
+    )
+    found = report.as_dict(hook.redact)["views"]
+    if args.output in ("json", "yaml"):
+        _show(args, found)
+    else:
+        columns = ("view", "verdict", "rows", "missing", "surplus", "seconds", "reason")
+        _show(args, [{name: "" if each[name] is None else each[name] for name in columns} for each in found])
+        for each in found:
+            for example in each["examples"]:
+                sys.stdout.write(f"{each['view']}: {example['line']}\n")
+    if any(each["verdict"] == "failed" for each in found):
+        return 1
+    return 0 if all(each["verdict"] == "equal" for each in found) else DIFFERS
+
+
+@_command
+def check_command(args: Namespace) -> int:
+    """Apply the alert rules."""
+    hook = _hook(args)
+    found = hook.check(
+        args.views, exclude=args.exclude, max_age=args.max_age, max_duration_ratio=args.max_duration_ratio
+    )
+    story().info("%s", found.story())
+    breaches = found.as_dict(hook.redact)["breaches"]
+    if breaches or args.output in ("json", "yaml"):
+        columns = ("view", "rule", "message", "what_to_do", "mat_view_run_id")
+        _show(args, [{name: breach[name] for name in columns} for breach in breaches])
+    return 0 if found.healthy else DIFFERS
+
+
+@_command
+def runs_command(args: Namespace) -> int:
+    """List runs, or show one."""
+    hook = _hook(args)
+    if args.run is not None:
+        run = hook.recorded_run(args.run)
+        if run is None:
+            sys.stderr.write(f"There is no run {args.run} on record.\n")
+            return 1
+        _facts(args, {name: value for name, value in vars(run).items() if value is not None})
+        return 0
+    _show(
+        args,
+        [
+            {
+                "id": run.id,
+                "view": run.view,
+                "operation": run.operation,
+                "status": run.status,
+                "started": _moment(run.started_at),
+                "seconds": _seconds(run.duration_ms),
+                "strategy": run.meta.get("strategy"),
+                "rows": run.row_count_after,
+                "error": None if run.error is None else f"{run.error['class']}: {run.error['message']}".splitlines()[0],
+            }
+            for run in hook.runs(args.view, limit=args.limit)
+        ],
+    )
+    return 0
+
+
+@_command
+def prune_command(args: Namespace) -> int:
+    """Delete old runs."""
+    hook = _hook(args)
+    arguments = {
+        "views": args.views,
+        "exclude": args.exclude,
+        "keep_successes": args.keep_successes,
+        "keep_failures": args.keep_failures,
+        "max_age": args.max_age,
+        **({} if args.keep_skipped is None else {"keep_skipped": args.keep_skipped}),
+    }
+    if not args.dry_run and not args.yes:
+        planned = hook.prune(dry_run=True, **arguments)
+        if planned.removed:
+            confirm(f"Delete {planned.removed} runs from the record of {args.conn_id}")
+    pruned = hook.prune(dry_run=args.dry_run, **arguments).as_dict()
+    if args.output in ("json", "yaml"):
+        _show(args, [pruned])
+    elif pruned["kinds"]:
+        _show(args, pruned["kinds"])
+    return 0
+
+
+@_command
+def reap_command(args: Namespace) -> int:
+    """Mark lost runs."""
+    _show(args, [{"run": run_id} for run_id in _hook(args).reap()])
+    return 0
+
+
+@_command
+def graph_command(args: Namespace) -> int:
+    """Show which views read which."""
+    graph = _hook(args).graph()
+    if args.mermaid:
+        sys.stdout.write(graph.mermaid())
+        return 0
+    levels = {view: level for level, views in enumerate(graph.levels) for view in views}
+    _show(
+        args,
+        [
+            {
+                "view": view,
+                "level": levels[view],
+                "reads_views": ", ".join(sorted(graph.needs[view])),
+                "reads_tables": ", ".join(sorted(graph.sources.get(view, ()))),
+            }
+            for view in graph.order
+        ],
+    )
+    return 0
+
+
+@_command
+def adopt_command(args: Namespace) -> int:
+    """Write definitions of views that stand."""
+    definitions = _hook(args).adopt(args.schema, folder=args.to, overwrite=args.overwrite)
+    _show(args, [{"view": name, "folder": args.to} for name in definitions])
+    return 0
+
+
+def _manners(args: Namespace) -> dict[str, Any]:
+    return {"if_locked": args.if_locked, "max_wait": args.max_wait, "timeout": args.timeout}
+
+
+def _outcome(response: ServiceResponse) -> dict[str, Any]:
+    return _row(summary(response))
+
+
+def _row(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "view": told["view"],
+        "status": told["status"],
+        "strategy": told["strategy"],
+        "rows": told["row_count_after"],
+        "seconds": _seconds(told["duration_ms"]),
+        "run": told["mat_view_run_id"],
+        "reason": told["reason"],
+    }
