@@ -76,7 +76,7 @@ def _told_by(hook: MatViewHook) -> dict[str, Any] | None:
                 "status": each.status,
                 "rows": facts.get("row_count_after"),
                 "size": facts.get("size_bytes"),
-                "sql": [text for text in facts.get("sql", ())],
+                "sql": [hook.redact(text) for text in facts.get("sql", ())],
                 "lineage": None if each.lineage is None else next(places),
             }
         )

@@ -248,8 +248,8 @@ def verify_command(args: Namespace) -> int:
     if args.output in ("json", "yaml"):
         _show(args, found)
     else:
-        columns = ("view", "verdict", "rows", "missing", "surplus", "seconds", "reason")
-        _show(args, [{name: "" if each[name] is None else each[name] for name in columns} for each in found])
+        columns = ("view", "verdict", "view_rows", "missing", "surplus", "seconds", "reason")
+        _show(args, [{name: each[name] for name in columns} for each in found])
         for each in found:
             for example in each["examples"]:
                 sys.stdout.write(f"{each['view']}: {example['line']}\n")

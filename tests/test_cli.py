@@ -1,0 +1,162 @@
+"""``airflow matviews`` as people and scripts use it: what it prints, what it returns, what it leaves in the record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from airflow.cli import cli_parser
+
+from airflow_provider_matviews.definition import MatViewDefinition
+from tests.airflow_dags import set_connection
+from tests.conftest import Database, hook_on
+from tests.racing import AT_THE_GATE, GATE, gate_closed, until
+
+Run = Callable[..., tuple[int, str, str]]
+PASSWORD = "s3cret/pass word"
+
+
+@pytest.fixture
+def run(db: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command and return its exit code, what it wrote to stdout, and what to stderr."""
+    set_connection(monkeypatch, db, password=PASSWORD)
+    parser = cli_parser.get_parser()
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code: Any = 0
+        capsys.readouterr()
+        try:
+            args = parser.parse_args(["matviews", *arguments])
+            args.func(args)
+        except SystemExit as end:
+            code = end.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def _json(answer: tuple[int, str, str]) -> Any:
+    code, out, err = answer
+    assert code in (0, 3), err
+    return json.loads(out)
+
+
+def test_from_an_estate_that_stands_to_its_history(db: Database, run: Run, tmp_path: Path) -> None:
+    db.execute(
+        "CREATE TABLE t AS SELECT g AS id, g % 3 AS kind FROM generate_series(1, 30) g",
+        "CREATE MATERIALIZED VIEW a AS SELECT kind, count(*) AS n FROM t GROUP BY kind",
+        "CREATE MATERIALIZED VIEW b AS SELECT sum(n) AS total FROM a",
+    )
+    folder = str(tmp_path / "views")
+    assert {row["view"] for row in _json(run("adopt", "--to", folder, "-o", "json"))} == {"public.a", "public.b"}
+    code, out, _ = run("plan", folder)
+    assert (code, out.count("nothing differs")) == (0, 2)
+
+    path = tmp_path / "views" / "a.sql"
+    path.write_text(path.read_text().replace("count(*)", "count(*) + 1"))
+    db.execute("DROP MATERIALIZED VIEW b")
+    code, out, _ = run("plan", str(path))
+    assert code == 3
+    assert "change query" in out
+    assert _json(run("create", folder, "--dry-run", "-o", "json"))[0]["run"] is None
+    assert db.value("SELECT count(*) FROM a WHERE n = 10") == 3
+    assert [row["status"] for row in _json(run("create", folder, "-o", "json"))] == ["updated", "created"]
+    assert db.value("SELECT total FROM b") == 33
+
+    db.execute("INSERT INTO t VALUES (31, 0)")
+    refreshed = _json(run("refresh", "*.*", "-o", "json"))
+    assert [(row["view"], row["status"]) for row in refreshed] == [("a", "updated"), ("b", "updated")]
+    assert db.value("SELECT total FROM b") == 34
+    code, out, _ = run("graph")
+    assert (code, "a" in out) == (0, True)
+    assert run("graph", "--mermaid")[1].startswith("flowchart LR")
+    code, out, _ = run("verify", "*.*")
+    assert (code, out.count("equal")) == (0, 2)
+    assert {row["view"]: row["state"] for row in _json(run("list", "-o", "json"))} == {"a": "fresh", "b": "fresh"}
+    assert "CREATE" in run("show", "a")[1] or "count" in run("show", "a")[1]
+    runs = _json(run("runs", "-o", "json"))
+    assert [(each["view"], each["operation"], each["status"]) for each in runs] == [
+        ("b", "refresh", "success"),
+        ("a", "refresh", "success"),
+        ("b", "create", "success"),
+        ("a", "create", "success"),
+    ]
+    (one,) = _json(run("runs", "--run", str(runs[0]["id"]), "-o", "json"))
+    assert one["meta"] == hook_on(db).runs(limit=1)[0].meta
+    assert run("runs", "--run", "4711")[0] == 1
+
+
+def test_what_is_wrong_is_told_on_stderr_and_by_the_exit_code(db: Database, run: Run) -> None:
+    db.execute("CREATE TABLE t AS SELECT 1 AS a")
+    hook = hook_on(db)
+    for name in ("good", "bad"):
+        hook.create(MatViewDefinition(name=name, sql=f"SELECT 1 / a AS b, '{name}' AS c FROM t"))
+    db.execute("UPDATE t SET a = 0")
+    code, out, err = run("refresh", "bad", "-o", "json")
+    assert (code, out) == (1, "")
+    assert "division by zero" in err
+    db.execute("UPDATE t SET a = 1; ALTER TABLE t RENAME TO u")
+    code, out, err = run("refresh", "*.*", "--exclude", "bad", "-o", "json")
+    assert (code, [row["view"] for row in json.loads(out)]) == (0, ["good"])
+    assert "good updated" in err
+    code, out, _ = run("check", "-o", "json")
+    assert code == 3
+    assert [breach["rule"] for breach in json.loads(out)] == ["failed"]
+    for arguments in (["refresh"], ["refresh", "good", "--strategy", "odd"], ["nothing"]):
+        assert run(*arguments)[0] == 2
+    for arguments in (["refresh", "a b"], ["show", "none"], ["plan", "/nowhere.sql"], ["list", "--conn-id", "none"]):
+        code, out, err = run(*arguments)
+        assert (code, out) == (1, ""), arguments
+        assert err.strip()
+        assert "Traceback" not in err
+        assert PASSWORD not in err
+
+
+def test_what_destroys_is_asked_for_first(db: Database, run: Run) -> None:
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    for _ in range(3):
+        hook.refresh("mv")
+    code, _, err = run("drop", "mv")
+    assert code == 1
+    assert "--yes" in err
+    assert run("prune", "--keep-successes", "1")[0] == 1
+    assert len(hook.runs()) == 4
+    assert _json(run("prune", "--keep-successes", "1", "--dry-run", "-o", "json"))[0]["removed"] == 2
+    assert len(hook.runs()) == 4
+    assert _json(run("prune", "--keep-successes", "1", "--yes", "-o", "json"))[0]["removed"] == 2
+    assert len(hook.runs()) == 2
+    assert _json(run("drop", "mv", "--dry-run", "-o", "json"))[0]["run"] is None
+    assert _json(run("drop", "mv", "--yes", "-o", "json"))[0]["status"] == "deleted"
+    assert db.value("SELECT to_regclass('mv') IS NULL")
+    assert _json(run("reap", "-o", "json")) == []
+
+
+def test_ctrl_c_stops_it_on_the_server_and_says_so(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_connection(monkeypatch, db)
+    db.execute(GATE, "CREATE MATERIALIZED VIEW mv AS SELECT gate() AS a")
+    with gate_closed(db):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "airflow", "matviews", "refresh", "mv"],
+            env=dict(os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        until(db, AT_THE_GATE, seconds=60)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=30)
+        assert not db.value(AT_THE_GATE)
+    assert process.returncode == 130
+    assert "stopped on the server" in err
+    assert out == ""
+    (run,) = hook_on(db).runs()
+    assert (run.status, run.error and "Ctrl-C" in run.error["message"]) == ("failed", True)
