@@ -96,8 +96,8 @@ def _why_skipped(facts: dict[str, Any]) -> str:
 
 
 def _ready() -> None:
-    # Airflow sets Stats up in each of its processes, but not the triggerer's in which triggers run (3.3.2: the server's
-    # module there and not that of the SDK), nor where a hook is used outside of Airflow.
+    # Airflow sets Stats up in its workers and triggerers (3.3.2, seen in both); nobody does where a hook is used in a
+    # script, or a DAG is tried with dag.test().
     module = sys.modules[Stats.initialize.__module__]
     if getattr(module, "_factory", module) is None:
         from airflow.sdk.observability.metrics.stats_utils import get_stats_factory

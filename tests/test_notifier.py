@@ -150,6 +150,7 @@ def test_a_failure_of_the_server_itself_is_told_without_secrets_and_templates_of
         )
     assert run_dag(dag).states == {"refresh": "failed"}
     first, facts = told
+    assert first["text"].count("RaiseException") == 1
     assert first["subject"] == "Refresh of mv failed and will be tried again"
     assert "What to do: mend ***" in first["text"]
     assert SECRET not in json.dumps(facts, default=str)
@@ -167,16 +168,16 @@ def test_nothing_that_goes_wrong_in_it_hides_the_error_or_keeps_others_from_bein
         raise RuntimeError("the pager is off")
 
     notifier = MatViewNotifier([breaks, lambda context: told.append(context["matview"])])
-    set_connection(monkeypatch, db, "gone", port=1)
+    set_connection(monkeypatch, db, "gone", port=1, password=SECRET)
     with DAG("unreachable", schedule=None) as dag:
         # The server cannot be asked, neither by the task nor by the notifier.
-        RefreshMatViewOperator(task_id="gone", conn_id="gone", view="mv", on_failure_callback=notifier)
+        gone = RefreshMatViewOperator(task_id="gone", conn_id="gone", view="mv", on_failure_callback=notifier)
 
-        @task(on_failure_callback=notifier)
+        @task(on_failure_callback=notifier, trigger_rule="all_done")
         def other() -> None:
-            raise ValueError("nothing to do with views")
+            raise ValueError(f"nothing to do with views, and a word of the connection: {SECRET}")
 
-        other()
+        gone >> other()
     run = run_dag(dag)
     assert run.states == {"gone": "failed", "other": "failed"}
     assert "breaks could not be told: RuntimeError: the pager is off" in run.log
@@ -185,7 +186,7 @@ def test_nothing_that_goes_wrong_in_it_hides_the_error_or_keeps_others_from_bein
     assert by_task["gone"]["error"] == "OperationalError"
     assert "The record could not be read: OperationalError." in by_task["gone"]["text"]
     assert by_task["other"]["headline"] == "Task other failed"
-    assert by_task["other"]["message"] == "nothing to do with views"
+    assert by_task["other"]["message"] == "nothing to do with views, and a word of the connection: ***"
 
 
 def test_a_fleet_names_those_that_failed_and_a_sensor_its_breaches_and_success_is_told_too(db: Database) -> None:

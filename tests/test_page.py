@@ -27,6 +27,7 @@ from tests.conftest import Database, hook_on
 from tests.histories import FAILED, RUNNING, SKIPPED, SUCCESS, Past, define, live_through, steady
 
 Get = Callable[..., Response]
+MV = {"schema_name": "public", "view_name": "mv"}
 HOSTILE = '<script>alert("x")</script>'
 
 
@@ -61,7 +62,14 @@ def test_nobody_sees_what_is_not_theirs(db: Database, get: Get) -> None:
     prefix = "/api/v1/connections/views"
     run, unknown = f"{prefix}/runs/1", f"{prefix}/runs/2"
     readable = [
-        f"{prefix}/{path}" for path in ("views", "runs", "staleness", "views/public/mv", "views/public/mv/catalog")
+        f"{prefix}/{path}"
+        for path in (
+            "views",
+            "runs",
+            "staleness",
+            "view?schema_name=public&view_name=mv",
+            "view/catalog?schema_name=public&view_name=mv",
+        )
     ]
     shell = ("/", "/static/app.js", "/static/style.css", "/api/v1/openapi.json", "/api/v1/connections")
     others = (
@@ -150,20 +158,21 @@ def test_one_view_is_shown_as_recorded_and_as_it_stands(db: Database, get: Get) 
     )
     hook.refresh("mv")
     db.execute("CREATE VIEW over AS SELECT * FROM mv")
-    shown = get("/api/v1/connections/views/views/public/mv").json()
+    shown = get("/api/v1/connections/views/view", params=MV).json()
     assert shown["definition"]["sql"] == "SELECT 1 AS a"
     assert shown["definition"]["declaration"]["comment"] == HOSTILE
     assert len(shown["begun_at"]) == len(shown["row_counts"]) == 1
-    found = get("/api/v1/connections/views/views/public/mv/catalog").json()
+    found = get("/api/v1/connections/views/view/catalog", params=MV).json()
     assert found["columns"] == [{"name": "a", "type": "integer"}]
     assert found["dependents"] == ["view over"]
     assert len(found["indexes"]) == 1
-    for path in ("public/none", "other/mv", f"public/{'x' * 64}", "public/a%2Fb"):
-        assert get(f"/api/v1/connections/views/views/{path}").status_code in (404, 422)
+    for schema, name in (("public", "none"), ("other", "mv"), ("public", "x" * 64), ("", "mv")):
+        params = {"schema_name": schema, "view_name": name}
+        assert get("/api/v1/connections/views/view", params=params).status_code in (404, 422)
     # Recorded, and standing no more.
     db.execute("DROP MATERIALIZED VIEW mv CASCADE")
-    assert get("/api/v1/connections/views/views/public/mv").json()["summary"]["state"] == "gone"
-    assert get("/api/v1/connections/views/views/public/mv/catalog").status_code == 404
+    assert get("/api/v1/connections/views/view", params=MV).json()["summary"]["state"] == "gone"
+    assert get("/api/v1/connections/views/view/catalog", params=MV).status_code == 404
 
 
 def test_runs_are_filtered_and_paged_without_gaps_or_repeats(db: Database, get: Get) -> None:

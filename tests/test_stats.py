@@ -18,7 +18,7 @@ import psycopg
 import pytest
 from airflow.providers.common.compat.sdk import Stats
 from airflow.sdk import DAG
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from airflow_provider_matviews.definition import MatViewDefinition
@@ -233,6 +233,9 @@ def test_no_name_of_a_view_loses_a_metric(db: Database, statsd: StatsD, name: st
 
 
 @given(st.text(), st.text())
+@example("a b", "a,b")
+@example("x" * 120 + "a", "x" * 120 + "b")
+@example('"a"', "a")
 def test_tags_are_what_airflow_takes_and_two_views_do_not_become_one(one: str, other: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9_.-]{0,100}", tag(one))
     assert (tag(one) == tag(other)) == (one == other)

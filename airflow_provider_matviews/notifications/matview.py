@@ -314,7 +314,7 @@ def _moment(at: datetime | None) -> str:
 
 def _clean(value: Any, hide: Callable[[str], str]) -> Any:
     if isinstance(value, str):
-        return value
+        return redact(hide(value))
     if isinstance(value, Mapping):
         return {key: _clean(item, hide) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import sql
@@ -43,6 +43,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import (
     Alone,
+    Command,
     Deadline,
     Note,
     Pause,
@@ -67,10 +68,9 @@ _NEWS_EVERY = 10.0
 _BELIEVED = timedelta(days=7)
 #: Lines of the table in the log, and kinds that XCom is told of.
 _MOST_LINES, _MOST_TOLD = 20, 1000
-#: How often a batch is tried that met another one under a stricter isolation level than the default.
-_ATTEMPTS = 5
 #: From how many runs on, and which share of all of them, it is worth a word about the room that they leave.
 _LARGE, _LARGE_SHARE = 10_000, 0.1
+_T = TypeVar("_T")
 _OPERATIONS = {operation.value: operation.word for operation in Operation}
 _STATUSES = {status.value: status.name.lower() for status in RunStatus}
 
@@ -454,7 +454,7 @@ def _prune_all(
     waiting: list[_Kind] = []
     for start in range(0, len(ids), _LOOKED_AT):
         some = {number: policies[number] for number in ids[start : start + _LOOKED_AT]}
-        found = yield from _look(ledger, some, memory)
+        found = yield from _read_committed(_look(ledger, some, memory))
         kinds += found
         waiting += found
         looked_at = start + len(some)
@@ -481,6 +481,22 @@ def _tell_progress(kinds: Sequence[_Kind], looked_at: int, views: int, told: flo
     removed = sum(kind.removed for kind in kinds)
     yield Note(f"{looked_at:,} of {views:,} views looked at; {removed:,} runs deleted so far.")
     return now
+
+
+def _read_committed(work: Work[_T]) -> Work[_T]:
+    """Do something in a short transaction of its own, whatever isolation level is the default here.
+
+    Under a stricter one, what it reads and deletes could make the statements of runs fail (40001), and those of other
+    prunes (https://www.postgresql.org/docs/current/transaction-iso.html).
+    """
+    yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), Session.RECORD)
+    try:
+        result = yield from work
+        yield Command(sql.SQL("COMMIT"), Session.RECORD)
+    except psycopg.Error:
+        yield Command(sql.SQL("ROLLBACK"), Session.RECORD, undoing=True)
+        raise
+    return result
 
 
 def _remember(ledger: Ledger) -> Work[_Memory]:
@@ -521,14 +537,16 @@ def _keep(ledger: Ledger, memory: _Memory, kinds: Sequence[_Kind]) -> Work[None]
     """Leave behind, for the next prune, how many there are now of each kind."""
     if memory.deletions is None:
         return
-    known = dict(memory.kinds)
-    for kind in kinds:
-        key = (kind.definition, kind.operation, kind.status)
-        if kind.ended:
-            # Which one is the first now is not known: somebody else was there.
-            known.pop(key, None)
-        else:
-            known[key] = (kind.runs - kind.removed, kind.newest_at, kind.newest_id, kind.first_id)
+    # Where somebody had locked some of those that were to go, the first is another one, which is seen next time.
+    known = memory.kinds | {
+        (kind.definition, kind.operation, kind.status): (
+            kind.runs - kind.removed,
+            kind.newest_at,
+            kind.newest_id,
+            kind.first_id,
+        )
+        for kind in kinds
+    }
     values = {
         "filenode": memory.filenode,
         # Where somebody else has deleted some meanwhile it will be more.
@@ -664,14 +682,8 @@ def _delete(ledger: Ledger, batch: Sequence[tuple[_Kind, int]]) -> Work[None]:
         "ids": _array(kind.id for kind, _ in batch),
         "limits": _array(some for _, some in batch),
     }
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            result = yield Query(statement, parameters, Session.RECORD)
-            break
-        except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
-            if attempt == _ATTEMPTS:
-                raise
-    removed = {(row["definition"], row["operation"], row["status"]): row["removed"] for row in result.rows}
+    rows = yield from _read_committed(fetch_all(statement, parameters, Session.RECORD))
+    removed = {(row["definition"], row["operation"], row["status"]): row["removed"] for row in rows}
     for kind, some in batch:
         went = removed.get((kind.definition, kind.operation, kind.status), 0)
         kind.removed += went
@@ -713,7 +725,7 @@ def _tell_room(ledger: Ledger, pruning: Pruning, removed: int) -> Work[None]:
         command = maintenance("VACUUM", table)
         try:
             # Nothing to set for it.
-            yield Alone(type(command)(command.statement, Session.RECORD), sql.SQL("1"))
+            yield Alone(Command(command.statement, Session.RECORD), sql.SQL("1"))
         except psycopg.Error as error:
             yield Note(f"The runs are deleted; VACUUM after it was not: {error.diag.message_primary or error}", True)
         else:

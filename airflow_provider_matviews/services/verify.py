@@ -98,6 +98,11 @@ def verify_view(
                 "On a standby, replay ends queries that read what the primary has cleaned up since: raise "
                 "max_standby_streaming_delay there, set hot_standby_feedback, or verify on the primary."
             )
+        if isinstance(error, psycopg.errors.ConfigurationLimitExceeded):
+            error.add_note(
+                "The server's temp_file_limit: have it raised, give more work_mem in session_settings, or verify with "
+                "mode='checksum' or 'sampled'."
+            )
         advise(error)
         yield from roll_back()
         raise

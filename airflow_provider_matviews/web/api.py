@@ -24,8 +24,8 @@ _LARGEST_ID = 2**63 - 1
 #: Seconds that a statement may take while somebody waits at a screen.
 LONGEST_STATEMENT = 5.0
 _T = TypeVar("_T")
-#: A part of a view's name, as it is and not as one would type it.
-NamePart = Annotated[str, Path(min_length=1, max_length=63)]
+#: A part of a view's name, as it is and not as one would type it. No part of a path: it may hold slashes.
+NamePart = Annotated[str, Query(min_length=1, max_length=63)]
 
 router = APIRouter(prefix="/api/v1", tags=["Materialized views"])
 
@@ -244,7 +244,7 @@ def read_run(shown: Shown, run_id: Annotated[int, Path(ge=1, le=_LARGEST_ID)]) -
     return RunDetail(**vars(page.run), **{name: value for name, value in vars(page).items() if name != "run"})
 
 
-@router.get("/connections/{connection_id}/views/{schema_name}/{view_name}", dependencies=[Depends(may_read)])
+@router.get("/connections/{connection_id}/view", dependencies=[Depends(may_read)])
 def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewDetail:
     """Read what is on record of one view."""
     page = _ask(shown, lambda ledger: browsing.view_page(ledger, schema_name, view_name))
@@ -266,7 +266,7 @@ def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewD
     )
 
 
-@router.get("/connections/{connection_id}/views/{schema_name}/{view_name}/catalog", dependencies=[Depends(may_read)])
+@router.get("/connections/{connection_id}/view/catalog", dependencies=[Depends(may_read)])
 def read_catalog(shown: Shown, schema_name: NamePart, view_name: NamePart) -> CatalogDetail:
     """Read what the catalogs say of one view; this waits for whoever has locked it, for a while."""
     page = _answer(shown, lambda hook: hook.browse_catalog(schema_name, view_name, seconds=LONGEST_STATEMENT))

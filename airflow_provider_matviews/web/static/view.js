@@ -45,9 +45,10 @@ function described(connection, found) {
 }
 
 export async function showView(connection, schema, name) {
+  const of = { schema_name: schema, view_name: name };
   const [view, history] = await Promise.all([
-    ask("connections", connection, "views", schema, name),
-    ask("connections", connection, "runs", { schema_name: schema, view_name: name, operation: "refresh", limit: LONGEST_HISTORY }),
+    ask("connections", connection, "view", of),
+    ask("connections", connection, "runs", { ...of, operation: "refresh", limit: LONGEST_HISTORY }),
   ]);
   const known = view.summary;
   document.title = known.view;
@@ -78,7 +79,7 @@ export async function showView(connection, schema, name) {
   );
   drawHistory(charts, history.runs.reverse());
   runTable(connection, [schema, name]).then((content) => runs.replaceChildren(...content), (error) => runs.replaceChildren(element("p", { class: "notice error" }, error.message)));
-  ask("connections", connection, "views", schema, name, "catalog").then(
+  ask("connections", connection, "view", "catalog", of).then(
     (found) => database.replaceChildren(...described(connection, found)),
     (error) => database.replaceChildren(section("In the database", element("p", { class: "notice" }, error.message))));
 }
