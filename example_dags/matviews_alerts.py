@@ -10,6 +10,7 @@ from datetime import timedelta
 
 from airflow.sdk import DAG, task
 
+from airflow_provider_matviews.notifications.matview import MatViewNotifier
 from airflow_provider_matviews.sensors.matview import MatViewMetricsSensor
 
 CONN_ID = "warehouse"
@@ -22,9 +23,12 @@ with DAG(
     tags=["matviews"],
     doc_md=__doc__,
 ):
-    check = MatViewMetricsSensor(
+    MatViewMetricsSensor(
         task_id="check",
         conn_id=CONN_ID,
+        # Says which view broke, why, since when and what mends it: in the task's log, and by whichever notifier of
+        # Airflow's it is given, such as MatViewNotifier(SlackWebhookNotifier(text="{{ matview.text }}")).
+        on_failure_callback=MatViewNotifier(),
         # Everything that is on record. Each rule can be another one for some views.
         views=["analytics.*"],
         max_age=timedelta(hours=26),
@@ -45,8 +49,8 @@ with DAG(
     )
 
     @task
-    def tell(found: dict[str, object]) -> None:
-        """Show what a task of one's own makes of it."""
-        print(f"{found['views']} views, all is well: {found['healthy']}")
+    def tell(found: dict[str, object]) -> str:
+        """Return what a task of one's own makes of it."""
+        return f"{found['views']} views, all is well: {found['healthy']}"
 
     tell(report.output)

@@ -89,7 +89,7 @@ class Look:
         self.address = address
         self.troubles: list[str] = []
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
-        self.page.on("console", lambda message: self.troubles.append(message.text) if message.type == "error" else None)
+        self.page.on("console", self._note_message)
         self.page.on("request", self._note_request)
 
     def _note_message(self, message: playwright.ConsoleMessage) -> None:
