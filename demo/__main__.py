@@ -23,6 +23,7 @@ from demo.warehouse import DATABASE, Warehouse, describe
 EXAMPLE_DAGS = Path(__file__).resolve().parent.parent / "example_dags"
 CREATE, REFRESH, DELETE, DRIFT = "matviews_create", "matviews_refresh", "matviews_delete", "matviews_drift"
 FLEET, NIGHTLY, AFTER = "matviews_fleet", "matviews_nightly", "matviews_after_refresh"
+ALERTS, VERIFY, RETENTION = "matviews_alerts", "matviews_verify", "matviews_retention"
 POLL_SECONDS = 1.0
 NEW_EVENTS_EVERY_SECONDS = 20.0
 
@@ -73,7 +74,7 @@ def _run(*, once: bool) -> int:
         warehouse.load()
         airflow.start()
         say(f"Airflow is healthy: {airflow.url}")
-        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT, FLEET, NIGHTLY, AFTER))
+        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT, FLEET, NIGHTLY, AFTER, ALERTS, VERIFY, RETENTION))
         run_dag(airflow, CREATE)
         if once:
             _refresh_and_delete(airflow, warehouse)
@@ -104,6 +105,9 @@ def _refresh_and_delete(airflow: AirflowServer, warehouse: Warehouse) -> None:
     pause_and_drain(airflow, NIGHTLY)
     run_dag(airflow, AFTER, scheduled=True)
     pause_and_drain(airflow, AFTER)
+    for dag in (ALERTS, VERIFY, RETENTION):
+        run_dag(airflow, dag, scheduled=True)
+        pause_and_drain(airflow, dag)
     run_dag(airflow, DELETE)
     runs = warehouse.print_runs()
     say(f"{runs} runs recorded; Airflow's page was {airflow.url}")
@@ -116,13 +120,17 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     airflow.api.set_paused(DRIFT, False)
     airflow.api.set_paused(NIGHTLY, False)
     airflow.api.set_paused(AFTER, False)
+    for dag in (ALERTS, VERIFY, RETENTION):
+        airflow.api.set_paused(dag, False)
     list(warehouse.new_runs())
     warehouse.print_runs()
     print(f"Airflow:  {airflow.url}  (everybody is an administrator)")
+    print(f"Views:    {airflow.url}/plugin/matviews  (Browse > Materialized views)")
     print(f"Database: psql '{server.dsn(DATABASE)}'")
     print(
         f"{REFRESH} runs every minute, {AFTER} whenever a view was refreshed,\n"
-        f"{DRIFT} and {NIGHTLY} every night; {FLEET} waits to be unpaused, {DELETE} to be triggered.\n"
+        f"{DRIFT}, {NIGHTLY} and {RETENTION} every night, {ALERTS} every ten minutes, {VERIFY} every week;\n"
+        f"{FLEET} waits to be unpaused, {DELETE} to be triggered.\n"
         f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back.\n"
         "Ctrl-C ends it all.\n",
         flush=True,

@@ -42,6 +42,7 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
     dags = _dags()
     assert sorted(dags) == [
         "matviews_after_refresh",
+        "matviews_alerts",
         "matviews_create",
         "matviews_delete",
         "matviews_drift",
@@ -49,6 +50,8 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
         "matviews_fleet",
         "matviews_nightly",
         "matviews_refresh",
+        "matviews_retention",
+        "matviews_verify",
     ]
     assert {Path(dag.fileloc).name for dag in dags.values()} == {path.name for path in EXAMPLES.glob("*.py")}
     assert all(dag.doc_md for dag in dags.values())
@@ -103,6 +106,14 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     assert nightly.states == {"refresh": "success"}
     assert nightly.xcom("refresh")["updated"] == 4
     assert run_dag(dags["matviews_after_refresh"]).xcom("say_what_was_refreshed") == []
+
+    alerts = run_dag(dags["matviews_alerts"])
+    assert alerts.state == "success"
+    assert alerts.xcom("tell") == "4 views, all is well: True"
+    verified = run_dag(dags["matviews_verify"])
+    assert verified.state == "success"
+    assert verified.xcom("verify")["equal"] == 4
+    assert run_dag(dags["matviews_retention"]).xcom("prune")["removed"] == 0
 
     deleted = run_dag(dags["matviews_delete"])
     assert deleted.state == "success"

@@ -163,6 +163,8 @@ from airflow_provider_matviews.definition import MatViewDefinition, load_definit
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.matview import *
 from airflow_provider_matviews.operators import matview
+from airflow_provider_matviews.notifications.matview import MatViewNotifier
+from airflow_provider_matviews.sensors.matview import MatViewMetricsSensor
 
 with DAG("quiet", schedule="@daily", template_searchpath=[FOLDER]) as dag:
     declared = MatViewDefinition.from_file(FOLDER + "/declared.sql")
@@ -175,6 +177,9 @@ with DAG("quiet", schedule="@daily", template_searchpath=[FOLDER]) as dag:
     matview.DeleteMatViewOperator(task_id="d1", view="mv")
     matview.DeleteMatViewOperator(task_id="d2", definition=declared, cascade=True)
     matview.RefreshMatViewsOperator(task_id="all", views=["*.*"], skip_unchanged=True)
+    matview.PruneMatViewRunsOperator(task_id="prune", keep_successes=100)
+    matview.VerifyMatViewOperator(task_id="verify", views=["*.*"])
+    MatViewMetricsSensor(task_id="check", max_age=3600, on_failure_callback=MatViewNotifier())
     MatViewHook(postgres_conn_id="postgres_default")
 used = {type(task).__name__ for task in dag.tasks}
 assert set(matview.__all__) <= used, used

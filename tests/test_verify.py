@@ -498,6 +498,13 @@ def test_a_sample_asks_only_for_its_keys_and_is_the_same_for_the_same_seed(db: D
     assert hook.verify("plain", mode="sampled", sample=20).view_rows == 20
     until(db, "SELECT idx_scan > 0 FROM pg_stat_user_tables WHERE relname = 't'")
     assert db.value(read) == before
+    db.execute(
+        "CREATE MATERIALIZED VIEW odd AS SELECT k, date '2024-02-29' AS d "
+        "FROM (VALUES ('a\"b\\c,{}'), (''), ('NULL'), (E'\u00e9\n')) v (k)",
+        "CREATE UNIQUE INDEX ON odd (d, k)",
+    )
+    odd = hook.verify("odd", mode="sampled")
+    assert (odd.verdict, odd.view_rows, odd.query_rows) == ("equal", 4, 4)
     _damage(db, "mv", "UPDATE mv SET name = name || '!'")
     found = [
         {example.line() for example in hook.verify("mv", mode="sampled", sample=20, seed=seed, examples=20).examples}
