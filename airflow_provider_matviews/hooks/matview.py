@@ -711,8 +711,7 @@ class MatViewHook(RecordHook):
         :param schemas: exact names of schemas, all views of which are meant.
         :param exclude: names and patterns of views that are not meant after all.
         :param rounds: how often; told are the medians.
-        :param arguments: ``session_settings``, ``lock_timeout``, ``max_wait``, ``statement_timeout``, ``timeout``: as of
-            :meth:`verify`.
+        :param arguments: ``session_settings`` and the limits (``lock_timeout`` to ``timeout``), as of :meth:`verify`.
         :raises ViewNotFound: when a name stands for no materialized view.
         :raises InvalidDefinition: when an argument is nothing of that.
         """
