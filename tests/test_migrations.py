@@ -23,6 +23,7 @@ TABLES = [
     "mat_view_cron_imports",
     "mat_view_definitions",
     "mat_view_migrations",
+    "mat_view_retention",
     "mat_view_run_history",
     "mat_view_runs",
 ]

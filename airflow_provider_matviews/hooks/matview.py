@@ -355,27 +355,18 @@ class MatViewHook(RecordHook):
         :raises InvalidDefinition: when an argument is nothing of that, or a view is given by none of them.
         :raises OperationCancelled: when one was cancelled; none is begun then.
         """
-        # Here, where asking Airflow for the connection is what it is for any other operation.
-        self._conninfo, self._learnt = self._learn_conninfo(), time.monotonic()
-        work = self.arefresh_many(
-            views,
-            schemas=schemas,
-            exclude=exclude,
-            feeds=feeds,
-            needs=needs,
-            stale=stale,
-            at_once=at_once,
-            **arguments,
+        return self._in_a_loop(
+            lambda: self.arefresh_many(
+                views,
+                schemas=schemas,
+                exclude=exclude,
+                feeds=feeds,
+                needs=needs,
+                stale=stale,
+                at_once=at_once,
+                **arguments,
+            )
         )
-
-        async def run() -> FleetResponse:
-            self._loop = asyncio.get_running_loop()
-            try:
-                return await work
-            finally:
-                self._loop = None
-
-        return asyncio.run(run())
 
     async def arefresh_many(self, views: Sequence[str] = (), **arguments: Any) -> FleetResponse:
         """Do as :meth:`refresh_many` does, in an event loop; see :meth:`acreate`.
@@ -678,7 +669,7 @@ class MatViewHook(RecordHook):
         :raises OperationCancelled: when one was cancelled.
         """
         return self._in_a_loop(
-            self.averify_many(
+            lambda: self.averify_many(
                 views, schemas=schemas, exclude=exclude, definitions=definitions, rounds=rounds, **arguments
             )
         )
@@ -716,16 +707,16 @@ class MatViewHook(RecordHook):
         :raises InvalidDefinition: when an argument is nothing of that.
         """
         run = VerificationRun(self, rounds=check_rounds(rounds), **arguments)
-        return self._in_a_loop(run.time_many(views, schemas=schemas, exclude=exclude))
+        return self._in_a_loop(lambda: run.time_many(views, schemas=schemas, exclude=exclude))
 
-    def _in_a_loop(self, work: Coroutine[Any, Any, _T]) -> _T:
+    def _in_a_loop(self, make: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         # Here, where asking Airflow for the connection is what it is for any other operation.
         self._conninfo, self._learnt = self._learn_conninfo(), time.monotonic()
 
         async def run() -> _T:
             self._loop = asyncio.get_running_loop()
             try:
-                return await work
+                return await make()
             finally:
                 self._loop = None
 

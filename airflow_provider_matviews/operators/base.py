@@ -48,35 +48,15 @@ _STOPPED = (
 
 
 class HookOperator(BaseOperator):
-    """What all of them share: over which connection, how to behave among others, and how to be stopped."""
+    """What all of them share: over which connection, and how to be stopped."""
 
     template_fields: Sequence[str] = ("conn_id", "tracking_schema")
     ui_color = "#e6f1f2"
-    operator_extra_links = (MatViewRunLink(),)
 
-    def __init__(
-        self,
-        *,
-        conn_id: str = "postgres_default",
-        tracking_schema: str = "matviews",
-        if_locked: str = "wait",
-        lock_timeout: float | None = None,
-        max_wait: float | None = None,
-        statement_timeout: float | None = None,
-        timeout: float | None = None,
-        dry_run: bool = False,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *, conn_id: str = "postgres_default", tracking_schema: str = "matviews", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.conn_id = conn_id
         self.tracking_schema = tracking_schema
-        self.if_locked = if_locked
-        self.lock_timeout = lock_timeout
-        self.max_wait = max_wait
-        self.statement_timeout = statement_timeout
-        self.timeout = timeout
-        # Not `dry_run`: that is a method of BaseOperator.
-        self.is_dry_run = dry_run
         self._hook: MatViewHook | None = None
         #: The row in ``mat_view_runs`` of what the task has done, for the link to it.
         self.recorded_run_id: int | None = None
@@ -120,6 +100,37 @@ class HookOperator(BaseOperator):
         hook.wants_lineage = lineage.enabled()
         return hook
 
+    def _longest(self) -> float | None:
+        """Return the seconds after which the server is stopped, so that Airflow need not end the process."""
+        if self.execution_timeout is None:
+            return None
+        seconds = self.execution_timeout.total_seconds()
+        return min(seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT), LONGEST)
+
+
+class OperationOperator(HookOperator):
+    """What those share that create, refresh or drop views: how to behave among others, and whom to tell of it."""
+
+    def __init__(
+        self,
+        *,
+        if_locked: str = "wait",
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
+        dry_run: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.if_locked = if_locked
+        self.lock_timeout = lock_timeout
+        self.max_wait = max_wait
+        self.statement_timeout = statement_timeout
+        self.timeout = timeout
+        # Not `dry_run`: that is a method of BaseOperator.
+        self.is_dry_run = dry_run
+
     def _terms(self) -> dict[str, Any]:
         return {
             "if_locked": self.if_locked,
@@ -129,13 +140,6 @@ class HookOperator(BaseOperator):
             "timeout": self.timeout,
             "dry_run": self.is_dry_run,
         }
-
-    def _longest(self) -> float | None:
-        """Return the seconds after which the server is stopped, so that Airflow need not end the process."""
-        if self.execution_timeout is None:
-            return None
-        seconds = self.execution_timeout.total_seconds()
-        return min(seconds - min(_SHARE_LEFT * seconds, _MOST_LEFT), LONGEST)
 
     def _add_alias(self, emit_assets: bool) -> None:
         """Have an outlet by which Airflow is told of views: where one stands is only known when the task runs."""
@@ -223,10 +227,11 @@ class Deferral:
             raise error
 
 
-class ViewOperator(HookOperator):
+class ViewOperator(OperationOperator):
     """What those about one view share: which view, and how a response becomes log, XCom and events."""
 
     template_fields: Sequence[str] = ("conn_id", "tracking_schema", "view", "definition")
+    operator_extra_links = (MatViewRunLink(),)
     template_fields_renderers: ClassVar[dict[str, str]] = {"definition": "py"}
 
     def __init__(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from airflow.providers.common.compat.sdk import AirflowSkipException, Asset, conf
 
 from airflow_provider_matviews.hooks.matview import MatViewHook
-from airflow_provider_matviews.operators.base import Deferral, HookOperator
+from airflow_provider_matviews.operators.base import Deferral, OperationOperator
 from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.timeouts import Timeouts
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
 
 
-class RefreshMatViewsOperator(Deferral, HookOperator):
+class RefreshMatViewsOperator(Deferral, OperationOperator):
     """Refresh several materialized views in one task, each after those that it reads, so many at a time.
 
     One that fails stops what reads it, near and far, and nothing else; the task fails when all others have ended. One
@@ -57,7 +57,13 @@ class RefreshMatViewsOperator(Deferral, HookOperator):
         by way of the alias ``matviews/<conn_id>``: DAGs may be scheduled on either.
     """
 
-    template_fields: Sequence[str] = (*HookOperator.template_fields, "views", "schemas", "exclude", "refresh_strategy")
+    template_fields: Sequence[str] = (
+        *OperationOperator.template_fields,
+        "views",
+        "schemas",
+        "exclude",
+        "refresh_strategy",
+    )
 
     def __init__(
         self,

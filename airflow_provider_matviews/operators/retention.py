@@ -55,6 +55,7 @@ class PruneMatViewRunsOperator(HookOperator):
         batch_size: int = 5000,
         pause: float = 0.05,
         vacuum: bool = False,
+        dry_run: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -68,6 +69,8 @@ class PruneMatViewRunsOperator(HookOperator):
         self.batch_size = batch_size
         self.pause = pause
         self.vacuum = vacuum
+        # Not `dry_run`: that is a method of BaseOperator.
+        self.is_dry_run = dry_run
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Do it, and return for XCom what was removed and what is left.

@@ -96,6 +96,10 @@ class VerifyMatViewOperator(Deferral, HookOperator):
         timing_rounds: int = 0,
         csv_path: str | None = None,
         session_settings: Mapping[str, Any] | None = None,
+        lock_timeout: float | None = None,
+        max_wait: float | None = None,
+        statement_timeout: float | None = None,
+        timeout: float | None = None,
         deferrable: bool = conf.getboolean("operators", "default_deferrable", fallback=False),
         cancel_on_kill: bool = True,
         **kwargs: Any,
@@ -114,6 +118,10 @@ class VerifyMatViewOperator(Deferral, HookOperator):
         self.timing_rounds = timing_rounds
         self.csv_path = csv_path
         self.session_settings = session_settings
+        self.lock_timeout = lock_timeout
+        self.max_wait = max_wait
+        self.statement_timeout = statement_timeout
+        self.timeout = timeout
         self.deferrable = deferrable
         self.cancel_on_kill = cancel_on_kill
 

@@ -56,14 +56,14 @@ _AGAIN_AFTER = (0.0, 0.0, 0.5, 1.0, 2.0, 4.0)
 _LONGEST_RECORDING = 15.0
 
 #: How soon the server notices that the client's whole machine is gone, which closes no connection.
-_KEEPALIVES = sql.SQL(
+KEEPALIVES = sql.SQL(
     "set_config('tcp_keepalives_idle', '30', true), set_config('tcp_keepalives_interval', '10', true), "
     "set_config('tcp_keepalives_count', '3', true)"
 )
 
 #: How soon the server notices that the client is gone. Without it a killed worker's REFRESH runs on to its
 #: end, holding its locks (measured). Takes effect from PostgreSQL 14, and where the server's system can tell.
-_CONNECTION_CHECK = sql.SQL(
+CONNECTION_CHECK = sql.SQL(
     "set_config('client_connection_check_interval', CASE WHEN version() ~* 'linux' OR (version() !~* "
     "'mingw|visual c|msvc' AND current_setting('server_version_num')::integer >= 150000) THEN '2s' ELSE '0' END, {})"
 )
@@ -325,7 +325,7 @@ def _with_timeouts_of(subject: Subject, known: DefinitionRecord | None, terms: T
         return terms
     terms = replace(terms, timeouts=timeouts)
     yield from _set_deadline(terms, begun)
-    yield from fetch_all(sql.SQL("SELECT {}").format(_limits(terms)))
+    yield from fetch_all(sql.SQL("SELECT {}").format(limits_of(terms)))
     return terms
 
 
@@ -345,7 +345,8 @@ def _earlier_copy(deferral: str, view: ResolvedName, ledger: Ledger) -> Work[Ser
     return ServiceResponse(status, meta["request"], response, run_id, duration)
 
 
-def _limits(terms: Terms) -> sql.Composable:
+def limits_of(terms: Terms) -> sql.Composable:
+    """Return the expressions that set the limits of an operation's transaction."""
     lock_timeout = sql.Literal(f"{round(terms.patience.lock_timeout * 1000)}ms")
     limits = sql.SQL("set_config('lock_timeout', {}, true)").format(lock_timeout)
     said = terms.timeouts.statement_timeout
@@ -366,7 +367,7 @@ def _limits(terms: Terms) -> sql.Composable:
 def _begin(operation: Operation, subject: Subject, terms: Terms) -> Work[tuple[ResolvedName, ServerFacts]]:
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"))
     settings = sql.SQL(", ").join(
-        [_limits(terms), _IDLE_IN_TRANSACTION, _CONNECTION_CHECK.format(sql.SQL("true")), _KEEPALIVES]
+        [limits_of(terms), _IDLE_IN_TRANSACTION, CONNECTION_CHECK.format(sql.SQL("true")), KEEPALIVES]
     )
     server, view = yield from catalog.arrive(subject.name, creating=operation is Operation.CREATE, settings=settings)
     if server.in_recovery or server.read_only:
@@ -524,7 +525,7 @@ def _attempt(
 
 
 def _follow_up(prepared: Prepared, terms: Terms) -> Work[None]:
-    settings = _CONNECTION_CHECK.format(sql.SQL("false"))
+    settings = CONNECTION_CHECK.format(sql.SQL("false"))
     if (seconds := terms.timeouts.statement_timeout) is not None:
         settings += sql.SQL(", set_config('statement_timeout', {}, false)").format(sql.Literal(f"{seconds}s"))
     for step, command in prepared.report.follow_up:

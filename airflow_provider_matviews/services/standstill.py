@@ -36,7 +36,7 @@ from airflow_provider_matviews.services.instructions import (
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger
 from airflow_provider_matviews.services.locking import describe_blocker
 from airflow_provider_matviews.services.progress import duration_text
-from airflow_provider_matviews.services.run import _CONNECTION_CHECK, _KEEPALIVES, Subject, Terms, _limits
+from airflow_provider_matviews.services.run import CONNECTION_CHECK, KEEPALIVES, Subject, Terms, limits_of
 from airflow_provider_matviews.services.session_settings import apply_settings
 
 #: How often it is begun again because something was refreshed or replaced in the very moment.
@@ -286,7 +286,7 @@ class Opening:
         yield Command(sql.SQL("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"))
         row = yield from fetch_one(
             sql.SQL("SELECT pg_backend_pid() AS pid, {}, {}, {}").format(
-                _limits(self.terms), _CONNECTION_CHECK.format(sql.SQL("true")), _KEEPALIVES
+                limits_of(self.terms), CONNECTION_CHECK.format(sql.SQL("true")), KEEPALIVES
             )
         )
         assert row is not None
