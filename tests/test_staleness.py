@@ -401,10 +401,11 @@ def test_what_was_counted_before_a_restart_or_a_crash_is_not_compared(end: Any) 
         hook.refresh("mv")
         if end == "a process killed":
             # All others are ended with it, and the server starts anew under the same start time.
-            with db.connect() as connection:
-                os.kill(connection.info.backend_pid, signal.SIGKILL)
+            with db.connect() as victim, db.connect() as witness:
+                os.kill(victim.info.backend_pid, signal.SIGKILL)
+                # Until the server has noticed it still takes connections, which it ends then.
                 with pytest.raises(psycopg.OperationalError):
-                    connection.execute("SELECT pg_sleep(60)")
+                    witness.execute("SELECT pg_sleep(60)")
             _wait_for(db)
         else:
             server.restart(end)
