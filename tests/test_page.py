@@ -165,7 +165,14 @@ def test_one_view_is_shown_as_recorded_and_as_it_stands(db: Database, get: Get) 
     found = get("/api/v1/connections/views/view/catalog", params=MV).json()
     assert found["columns"] == [{"name": "a", "type": "integer"}]
     assert found["dependents"] == ["view over"]
-    assert len(found["indexes"]) == 1
+    assert found["indexes"] == ["CREATE UNIQUE INDEX mv_a_key ON public.mv USING btree (a)"]
+    db.execute("CREATE MATERIALIZED VIEW top AS SELECT * FROM over", "CREATE MATERIALIZED VIEW apart AS SELECT 1 AS a")
+    drawn = {each["view"]: each for each in get("/api/v1/connections/views/graph", params=MV).json()["views"]}
+    assert {name: (each["level"], each["reads_views"]) for name, each in drawn.items()} == {
+        "mv": (0, []),
+        "top": (1, ["mv"]),
+    }
+    assert "apart" in get("/api/v1/connections/views/graph").text
     for schema, name in (("public", "none"), ("other", "mv"), ("public", "x" * 64), ("", "mv")):
         params = {"schema_name": schema, "view_name": name}
         assert get("/api/v1/connections/views/view", params=params).status_code in (404, 422)

@@ -14,6 +14,7 @@ from psycopg import sql
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import ResolvedName
+from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
 from airflow_provider_matviews.services.metrics import read_recorded
@@ -245,8 +246,37 @@ def catalog_page(schema_name: str, view_name: str) -> Work[CatalogPage | None]:
         facts.populated,
         facts.estimated_rows,
         (yield from catalog.columns_of(facts.oid)),
-        [each.description for each in attachments if each.kind == "index"],
+        [
+            index.definition + ("" if index.valid else " -- INVALID: a build of it failed half-way")
+            for index in (yield from catalog.indexes_of(facts.oid))
+        ],
         (yield from catalog.dependents_of(facts.oid)),
         (yield from catalog.sources_of(facts.oid)),
         [each for each in attachments if each.kind != "index"],
+    )
+
+
+#: Views beyond which a drawing says nothing any more.
+MOST_DRAWN = 300
+
+
+def view_graph(schema_name: str | None, view_name: str | None) -> Work[Graph | None]:
+    """Read which views read which: of all of the database, or of what feeds a view and what it feeds, near and far.
+
+    :returns: None where that view does not stand, or where there are too many to be drawn.
+    """
+    graph = yield from read_graph(Session.RECORD)
+    if schema_name is not None and view_name is not None:
+        wanted = [name for name, view in graph.views.items() if (view.schema, view.name) == (schema_name, view_name)]
+        if not wanted:
+            return None
+        shown = {*wanted, *graph.needed_by(wanted), *graph.fed_by(wanted)}
+    else:
+        shown = set(graph.needs)
+    if len(shown) > MOST_DRAWN:
+        return None
+    return Graph(
+        {name: view for name, view in graph.views.items() if name in shown},
+        {name: needed & shown for name, needed in graph.needs.items() if name in shown},
+        {name: tables for name, tables in graph.sources.items() if name in shown},
     )

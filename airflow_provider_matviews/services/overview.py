@@ -14,6 +14,8 @@ from airflow_provider_matviews.services.selection import Selection
 
 #: How many times the usual time between two refreshes has to pass before one is missed.
 _MISSED = 2.0
+#: Seconds below which nothing is late: what was refreshed often by hand need not go on like that.
+_SOONEST_LATE = 60.0
 #: So many intervals have to be known before any is usual.
 _FEWEST_INTERVALS = 3
 #: So many views are shown at the most, by name: beyond that nobody looks.
@@ -78,6 +80,6 @@ def _state(metrics: ViewMetrics, usual: float | None) -> tuple[ViewState, str]:
         return ViewState.FAILING, f"its last {last.operation} failed" if count < 2 else f"its last {count} runs failed"
     if metrics.age is None:
         return ViewState.NEVER_RUN, "no run of it that ended well is on record"
-    if usual is not None and metrics.age > _MISSED * usual:
+    if usual is not None and metrics.age > max(_MISSED * usual, _SOONEST_LATE):
         return ViewState.LATE, "it is usually refreshed more than twice in the time since its last refresh"
     return ViewState.FRESH, "its last run ended well"

@@ -147,6 +147,24 @@ class RunDetail(BaseModel):
     next_id: int | None
 
 
+class GraphView(BaseModel):
+    """A view, and what it reads; those of level 0 read no other view."""
+
+    view: str
+    schema_name: str
+    view_name: str
+    level: int
+    reads_views: list[str]
+    reads_tables: list[str]
+    in_a_circle: list[str]
+
+
+class GraphDetail(BaseModel):
+    """Which views read which."""
+
+    views: list[GraphView]
+
+
 class DeclaredDefinition(BaseModel):
     """What a view should be, as far as that was declared; of others only the query is known."""
 
@@ -217,6 +235,31 @@ def list_staleness(shown: Shown) -> StalenessList:
     found = _ask(shown, browsing.staleness, [])
     return StalenessList(
         views=[Staleness(view=each.view.display, stale=each.stale, reason=each.reason) for each in found]
+    )
+
+
+@router.get("/connections/{connection_id}/graph", dependencies=[Depends(may_read)])
+def read_graph(
+    shown: Shown,
+    schema_name: Annotated[str | None, Query(max_length=63)] = None,
+    view_name: Annotated[str | None, Query(max_length=63)] = None,
+) -> GraphDetail:
+    """Read which views read which, of all of them or around one; of more than 300 there is no drawing."""
+    graph = _ask(shown, lambda _: browsing.view_graph(schema_name, view_name))
+    levels = {name: level for level, names in enumerate(graph.levels) for name in names}
+    return GraphDetail(
+        views=[
+            GraphView(
+                view=name,
+                schema_name=view.schema,
+                view_name=view.name,
+                level=levels[name],
+                reads_views=sorted(graph.needs_in_order[name]),
+                reads_tables=sorted(graph.sources.get(name, ())),
+                in_a_circle=sorted(graph.passed_over.get(name, ())),
+            )
+            for name, view in graph.views.items()
+        ]
     )
 
 

@@ -1,5 +1,6 @@
 // Which page is shown: the address says so, after its #.
 
+import { showGraph } from "./graph.js";
 import { showViews } from "./list.js";
 import { ask, element, link, Refused, show } from "./parts.js";
 import { showRun, showRuns } from "./runs.js";
@@ -30,6 +31,7 @@ async function showConnection(connection) {
 const routes = [
   [/^#\/([^/]+)\/runs\/(\d+)$/, showRun],
   [/^#\/([^/]+)\/runs$/, showRuns],
+  [/^#\/([^/]+)\/graph$/, showGraph],
   [/^#\/([^/]+)\/views\/([^/]+)\/([^/]+)$/, showView],
   [/^#\/([^/]+)$/, showConnection],
   [/^$|^#?\/?$/, showConnections],

@@ -1,6 +1,6 @@
 // All views at a glance.
 
-import { ask, age, bytes, element, facts, link, milliseconds, number, root, show, sparkline, time } from "./parts.js";
+import { age, ask, bytes, element, link, milliseconds, number, root, show, sparkline, time } from "./parts.js";
 
 const ORDER = ["failing", "late", "running", "stale", "never run", "fresh", "gone"];
 const COLUMNS = [
@@ -100,12 +100,11 @@ export async function showViews(connection, others) {
   picker.addEventListener("change", () => {
     location.hash = `#/${encodeURIComponent(picker.value)}`;
   });
-  const of = (state) => views.filter((view) => stateOf(view) === state).length;
   show(
     element("h1", {}, "Materialized views"),
     views.length
       ? [
-        element("div", { class: "tools" }, others.length > 1 ? picker : null, search, states, count, link([connection, "runs"], "All runs")),
+        element("div", { class: "tools" }, others.length > 1 ? picker : null, search, states, count, link([connection, "runs"], "All runs"), link([connection, "graph"], "Graph")),
         element("div", { class: "scroll" }, element("table", { class: "views" }, element("thead", {}, element("tr", {}, heads)), body)),
       ]
       : [others.length > 1 ? picker : null, element("p", { class: "notice" }, "No view is on record here yet. A view is, from its first run on: create or refresh one with the operators, the hook or the command line.")],
@@ -121,5 +120,4 @@ export async function showViews(connection, others) {
     redraw();
   }, () => {});
   addSchedules(views).then(redraw, () => {});
-  return of;
 }

@@ -1,6 +1,7 @@
 // One view: how its refreshes went, what it should be and what it is.
 
 import { drawHistory } from "./charts.js";
+import { drawGraph } from "./graph.js";
 import { age, ask, bytes, element, facts, link, milliseconds, number, section, show, table, time } from "./parts.js";
 import { runTable } from "./runs.js";
 import { highlighted } from "./sql.js";
@@ -55,6 +56,7 @@ export async function showView(connection, schema, name) {
   const charts = element("div", { class: "charts" });
   const database = element("div", {}, section("In the database", element("p", { class: "muted" }, "Reading the catalogs …")));
   const runs = element("div");
+  const graph = element("div", {}, element("p", { class: "muted" }, "Reading the catalogs …"));
   show(
     element("nav", { "aria-label": "Up" }, link([connection], "← All views")),
     element("h1", {}, known.view),
@@ -73,10 +75,14 @@ export async function showView(connection, schema, name) {
       ["On record since", time(view.definition.created_at)],
     ]),
     charts,
+    section("What it reads, and what reads it", graph),
     section("Runs", runs),
     declared(view.definition, view.drift, view.drift_run_id, connection),
     database,
   );
+  ask("connections", connection, "graph", of).then(
+    (found) => graph.replaceChildren(drawGraph(connection, found.views, known.view)),
+    () => graph.replaceChildren(element("p", { class: "muted" }, "There is no drawing of it: it does not stand, or has too many around it.")));
   drawHistory(charts, history.runs.reverse());
   runTable(connection, [schema, name]).then((content) => runs.replaceChildren(...content), (error) => runs.replaceChildren(element("p", { class: "notice error" }, error.message)));
   ask("connections", connection, "view", "catalog", of).then(
