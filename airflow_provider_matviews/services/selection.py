@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 
 from airflow_provider_matviews.checks import as_tuple, check_flag
 from airflow_provider_matviews.exceptions import InvalidDefinition, ViewNotFound
@@ -100,11 +102,18 @@ def is_meant(name: str, schema: str, view: str) -> bool:
 
     :raises InvalidName: when it is neither.
     """
+    return bool(_matcher(name)(f"{schema}\0{view}" if not _is_pattern(name) else f"{schema}.{view}"))
+
+
+@lru_cache(maxsize=1024)
+def _matcher(name: str) -> Callable[[str], object]:
+    # Made once, and asked for each of a thousand views.
     if not _is_pattern(name):
         parsed = ViewName.parse(name)
-        return (parsed.schema or "public", parsed.name) == (schema, view)
-    return fnmatchcase(f"{schema}.{view}", name if "." in name else f"public.{name}")
+        return f"{parsed.schema or 'public'}\0{parsed.name}".__eq__
+    return re.compile(translate(name if "." in name else f"public.{name}")).match
 
 
+@lru_cache(maxsize=1024)
 def _is_pattern(name: str) -> bool:
     return bool(_WILD & set(name)) and '"' not in name
