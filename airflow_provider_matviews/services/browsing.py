@@ -113,49 +113,82 @@ class RunFilter:
 
 def run_list(ledger: Ledger, wanted: RunFilter, limit: int) -> Work[list[dict[str, Any]]]:
     """Read a page of runs, newest first."""
-    conditions: list[sql.Composable] = []
     parameters: dict[str, Any] = {"limit": limit}
+    of_view, before = sql.SQL("true"), sql.SQL("true")
     if wanted.schema_name is not None and wanted.view_name is not None:
-        conditions.append(
-            sql.SQL(
-                "r.mat_view_definition_id = (SELECT id FROM {} WHERE schema_name = %(schema)s AND view_name = %(name)s)"
-            ).format(ledger.table("mat_view_definitions"))
-        )
+        of_view = sql.SQL("d.schema_name = %(schema)s AND d.view_name = %(name)s")
         parameters |= {"schema": wanted.schema_name, "name": wanted.view_name}
-    if wanted.operation is not None:
-        conditions.append(sql.SQL("r.operation = {}").format(sql.Literal(int(Operation[wanted.operation.upper()]))))
-    if wanted.status is not None:
-        conditions.append(sql.SQL("r.status = {}").format(sql.Literal(int(RunStatus[wanted.status.upper()]))))
     if wanted.before is not None:
         at, _, run_id = wanted.before.partition("-")
-        conditions.append(
-            sql.SQL("(r.created_at, r.id) < (timestamptz 'epoch' + %(at)s * interval '1 microsecond', %(id)s)")
-        )
+        before = sql.SQL("(r.created_at, r.id) < (timestamptz 'epoch' + %(at)s * interval '1 microsecond', %(id)s)")
         parameters |= {"at": int(at), "id": int(run_id)}
+    names = {
+        "runs": ledger.table("mat_view_runs"),
+        "definitions": ledger.table("mat_view_definitions"),
+        "of_view": of_view,
+        "before": before,
+    }
     return (
         yield from fetch_all(
             sql.SQL(
                 """
-                SELECT r.id, d.name AS view, {} AS operation, {} AS status, r.started_at, r.finished_at, r.duration_ms,
-                       r.meta->>'strategy' AS strategy, (r.meta->>'row_count_before')::bigint AS row_count_before,
+                SELECT r.id, d.name AS view, {operation} AS operation, {status} AS status, r.started_at, r.finished_at,
+                       r.duration_ms, r.meta->>'strategy' AS strategy,
+                       (r.meta->>'row_count_before')::bigint AS row_count_before,
                        (r.meta->>'row_count_after')::bigint AS row_count_after,
                        (r.meta->'response'->>'size_bytes')::bigint AS size_bytes, r.meta->>'dag_id' AS dag_id,
                        left((r.error->>'class') || ': ' || (r.error->>'message'), 300) AS error, r.created_at,
                        (extract(epoch FROM r.created_at) * 1000000)::bigint || '-' || r.id AS mark
-                FROM {} r JOIN {} d ON d.id = r.mat_view_definition_id
-                {} {} ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s
+                FROM ({chosen}) chosen JOIN {runs} r ON r.id = chosen.id
+                JOIN {definitions} d ON d.id = r.mat_view_definition_id
+                ORDER BY r.created_at DESC, r.id DESC
                 """
             ).format(
-                _in_words("operation", Operation),
-                _in_words("status", RunStatus),
-                ledger.table("mat_view_runs"),
-                ledger.table("mat_view_definitions"),
-                sql.SQL("WHERE" if conditions else ""),
-                sql.SQL(" AND ").join(conditions),
+                **names,
+                operation=_in_words("operation", Operation),
+                status=_in_words("status", RunStatus),
+                chosen=_chosen(wanted).format(**names, kinds=_kinds(wanted)),
             ),
             parameters,
             Session.RECORD,
         )
+    )
+
+
+def _chosen(wanted: RunFilter) -> sql.SQL:
+    if wanted.operation is None and wanted.status is None:
+        if wanted.view_name is None:
+            return sql.SQL(
+                "SELECT r.id FROM {runs} r WHERE {before} ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s"
+            )
+        return sql.SQL(
+            "SELECT r.id FROM {runs} r WHERE r.mat_view_definition_id = (SELECT d.id FROM {definitions} d "
+            "WHERE {of_view}) AND {before} ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s"
+        )
+    # The latest of each kind of each view, by the index, and of these the latest: a kind that is rare would otherwise
+    # be looked for through all of the history.
+    return sql.SQL(
+        """
+        SELECT latest.id FROM {definitions} d
+        CROSS JOIN (VALUES {kinds}) AS kind (operation, status)
+        CROSS JOIN LATERAL (
+            SELECT r.id, r.created_at FROM {runs} r
+            WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = kind.status
+              AND {before}
+            ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s
+        ) latest
+        WHERE {of_view} ORDER BY latest.created_at DESC, latest.id DESC LIMIT %(limit)s
+        """
+    )
+
+
+def _kinds(wanted: RunFilter) -> sql.Composable:
+    operations = [each for each in Operation if wanted.operation in (None, each.word)]
+    statuses = [each for each in RunStatus if wanted.status in (None, each.name.lower())]
+    return sql.SQL(", ").join(
+        sql.SQL("({}, {})").format(sql.Literal(int(operation)), sql.Literal(int(status)))
+        for operation in operations
+        for status in statuses
     )
 
 
