@@ -21,20 +21,18 @@ from airflow_provider_matviews.definition import (
     check_flag,
 )
 from airflow_provider_matviews.exceptions import FleetFailed, MatViewError, ViewNotFound
+from airflow_provider_matviews.hooks.change_log import ChangeLogHook
 from airflow_provider_matviews.hooks.fleet import FleetRun, had_no_room
-from airflow_provider_matviews.hooks.record import RecordHook
 from airflow_provider_matviews.hooks.verify import VerificationRun
 from airflow_provider_matviews.names import ViewName, check_identifier
-from airflow_provider_matviews.services import catalog, change_log
+from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.adopt import Adopted, read_definition, read_definitions, write_definitions
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import IndexFacts
-from airflow_provider_matviews.services.change_log import ChangeLogResponse, LoggedTable
 from airflow_provider_matviews.services.fleet import FleetResponse
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Run
-from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.observing import Ended, ObservedOperations
 from airflow_provider_matviews.services.plan_steps import Plan
@@ -84,7 +82,7 @@ class ViewDescription:
     last_run: Run | None
 
 
-class MatViewHook(RecordHook):
+class MatViewHook(ChangeLogHook):
     """Create, refresh and drop materialized views over a PostgreSQL connection, and read the record.
 
     Everything that PostgresHook makes of a connection holds here too: extras, IAM, ``options``, ``database``.
@@ -423,70 +421,6 @@ class MatViewHook(RecordHook):
         except Exception as error:
             # Whatever a deployment has put there: the operation is what it is.
             self.log.warning("Its metrics could not be sent: %s: %s", type(error).__name__, error)
-
-    def install_change_log(
-        self,
-        *names: str,
-        bell: bool = False,
-        lock_timeout: float | None = None,
-        max_wait: float | None = None,
-        dry_run: bool = False,
-    ) -> ChangeLogResponse:
-        """Have every change of the tables that views read logged from now on, by a trigger on each of them.
-
-        What is so already is left alone, so that this can be run again whenever a partition has been added. Views that
-        read a table that was not logged before count as stale until their next refresh.
-
-        :param names: views, for all tables they read, or tables; each with its partitions, children and parents.
-        :param bell: also NOTIFY, which wakes the watchers at once and makes busy writers slower.
-        :param lock_timeout: seconds for which writers to a table may queue behind one attempt to lock it; None for 1.
-        :param max_wait: seconds after which waiting for a lock ends in failure; None for 600.
-        :param dry_run: only find out what would be done.
-        :returns: the statements, the tables, and of which tables changes are not all logged.
-        :raises InvalidDefinition: when there is no name, or one of something that is neither.
-        :raises ViewNotFound: when nothing of such a name stands.
-        :raises MissingPrivilege: when the role lacks TRIGGER on a table, or may not make the function.
-        :raises psycopg.errors.LockNotAvailable: when a table was not to be had; those before it are done.
-        """
-        check_flag(bell, "bell")
-        check_flag(dry_run, "dry_run")
-        patience = Patience.of(Timeouts(lock_timeout=lock_timeout, max_wait=max_wait))
-        return self._run(change_log.install(self.tracking_schema, names, bell=bell, patience=patience, dry_run=dry_run))
-
-    def remove_change_log(
-        self, *names: str, lock_timeout: float | None = None, max_wait: float | None = None, dry_run: bool = False
-    ) -> ChangeLogResponse:
-        """Drop the triggers of the change log, and what it has of their tables.
-
-        :param names: views, for all tables they read, or tables; none for every table that has one.
-        :param lock_timeout: as in :meth:`install_change_log`; readers wait too, for DROP TRIGGER locks them out.
-        :param max_wait: likewise.
-        :param dry_run: only find out what would be done.
-        :raises ViewNotFound: when nothing of such a name stands.
-        :raises MissingPrivilege: when the role does not own a table.
-        :raises psycopg.errors.LockNotAvailable: when a table was not to be had; those before it are done.
-        """
-        check_flag(dry_run, "dry_run")
-        patience = Patience.of(Timeouts(lock_timeout=lock_timeout, max_wait=max_wait))
-        return self._run(change_log.remove(self.tracking_schema, names or None, patience=patience, dry_run=dry_run))
-
-    def change_log(self, *names: str) -> list[LoggedTable]:
-        """Return the tables that views read, and which of their changes are logged; ``gap`` says what is not.
-
-        :param names: views, for all tables they read, or tables; none for every table that is logged or that a view on
-            record reads.
-        :raises ViewNotFound: when nothing of such a name stands.
-        """
-        return self._read(change_log.show(self.tracking_schema, names or None))
-
-    def prune_change_log(self, *, max_wait: float = 60.0) -> int:
-        """Delete what the change log no longer needs, as a watcher does by itself; return how many rows.
-
-        :param max_wait: seconds to wait for the transactions that are running now.
-        :raises InvalidDefinition: when it is not a positive number.
-        """
-        longest = Timeouts(max_wait=max_wait).max_wait
-        return self._run(change_log.prune_all(self.tracking_schema, longest or 0.0))
 
     def describe(self, view: str) -> ViewDescription:
         """Return what a view is, beside what is recorded of it.
