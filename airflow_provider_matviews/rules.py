@@ -17,14 +17,17 @@ LONGEST_WINDOW = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class AlertRules:
-    """Which of a view's ills are told. None turns a rule off.
+    """Which of a view's ills are told. None, or False, turns a rule off.
 
-    :param failed: whether its latest run failed, or its process was lost; skipped runs are no runs here.
+    :param failed: whether its latest create or refresh failed, or its process was lost; skipped runs are no runs here.
+    :param unreadable: whether no such view stands any more, though we have not dropped it, or it holds no data: whoever
+        reads it gets an error.
     :param consecutive_failures: how many runs in a row have failed, since the last that ended well: so many or more.
     :param max_duration_ratio: how many times the average of the successful refreshes before it the latest one may have
         taken; a run that is under way is measured by it too.
     :param window: how many successful refreshes that average is over, at the most.
-    :param min_samples: how many there have to be for any average: a view with fewer is not judged by one.
+    :param min_samples: how many there have to be for any average, of ``window`` at the most: a view with fewer is not
+        judged by one.
     :param min_duration: seconds that count as slow at the least, whatever the average.
     :param max_age: seconds, or a timedelta, within which it has to be filled, or to be found unchanged. Of a view that
         never was, since it is on record.
@@ -37,6 +40,7 @@ class AlertRules:
     """
 
     failed: bool = True
+    unreadable: bool = True
     consecutive_failures: int | None = None
     max_duration_ratio: float | None = 2.0
     window: int = 20
@@ -49,14 +53,11 @@ class AlertRules:
 
     def __post_init__(self) -> None:
         check_flag(self.failed, "failed")
+        check_flag(self.unreadable, "unreadable")
         if self.consecutive_failures is not None:
             _check_count(self.consecutive_failures, "consecutive_failures")
         for name in ("window", "min_samples"):
             _check_count(getattr(self, name), name)
-        if self.min_samples > self.window:
-            raise InvalidDefinition(
-                f"min_samples={self.min_samples} is more than window={self.window}: so many are never looked at."
-            )
         for name in ("max_duration_ratio", "max_row_count_ratio", "max_bloat"):
             _check_ratio(getattr(self, name), name)
         if not _is_number(self.min_duration) or self.min_duration < 0:

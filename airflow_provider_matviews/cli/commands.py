@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from airflow.cli.simple_table import AirflowConsole
+from airflow.cli.simple_table import AirflowConsole, SimpleTable
 from airflow.providers.common.compat.sdk import AirflowException
 from airflow.utils import yaml
+from rich.text import Text
+from tabulate import tabulate  # type: ignore[import-untyped]
 
-from airflow_provider_matviews.cli.terminal import confirm, story, working
+from airflow_provider_matviews.cli.definition import RULES
+from airflow_provider_matviews.cli.terminal import confirm, stopped_by_sigterm, story, visible, working
 from airflow_provider_matviews.definition import MatViewDefinition, load_definitions
-from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, MatViewError
+from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, MatViewError, ViewNotFound
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.outcome import summary
@@ -46,7 +49,8 @@ def _command(function: Callable[[Namespace], int]) -> Callable[[Namespace], None
     @functools.wraps(function)
     def run(args: Namespace) -> None:
         try:
-            code = function(args)
+            with stopped_by_sigterm():
+                code = function(args)
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted: what ran was stopped on the server, and is undone there.\n")
             code = INTERRUPTED
@@ -55,7 +59,7 @@ def _command(function: Callable[[Namespace], int]) -> Callable[[Namespace], None
             sys.stderr.close()
             code = 0
         except (MatViewError, AirflowException, psycopg.Error, OSError) as error:
-            sys.stderr.write("\n".join([str(error), *getattr(error, "__notes__", ())]) + "\n")
+            _complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
             code = 1
         if code:
             raise SystemExit(code)
@@ -74,9 +78,25 @@ def _show(args: Namespace, rows: Sequence[Mapping[str, Any]]) -> None:
         sys.stdout.write(json.dumps(plain, indent=2, default=str, ensure_ascii=False) + "\n")
     elif args.output == "yaml":
         sys.stdout.write(yaml.dump(json.loads(json.dumps(plain, default=str)), sort_keys=False, allow_unicode=True))
+    elif not plain:
+        sys.stdout.write("No data found\n")
     else:
-        shown = [{name: "" if value is None else value for name, value in row.items()} for row in plain]
-        AirflowConsole().print_as(shown, output=args.output)
+        cells = [[visible(_text(value)) for value in row.values()] for row in plain]
+        if args.output == "plain":
+            # A view may be called 007, or 1e5.
+            sys.stdout.write(tabulate(cells, headers=list(plain[0]), tablefmt="plain", disable_numparse=True) + "\n")
+        else:
+            table = SimpleTable(show_header=True)  # type: ignore[no-untyped-call]
+            for name in plain[0]:
+                table.add_column(name)
+            for row in cells:
+                # As text, in which rich reads no markup: what is shown is often SQL, which has brackets.
+                table.add_row(*map(Text, row))
+            AirflowConsole().print(table)
+
+
+def _complain(text: str) -> None:
+    sys.stderr.write(visible(text) + "\n")
 
 
 def _facts(args: Namespace, facts: Mapping[str, Any]) -> None:
@@ -84,10 +104,12 @@ def _facts(args: Namespace, facts: Mapping[str, Any]) -> None:
     if args.output in ("json", "yaml"):
         _show(args, [facts])
     else:
-        _show(args, [{"fact": name, "value": _text(value)} for name, value in facts.items() if value not in (None, [])])
+        _show(args, [{"fact": name, "value": value} for name, value in facts.items() if value not in (None, [])])
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, (list, tuple)):
         return "\n".join(map(str, value))
     return str(value)
@@ -215,11 +237,13 @@ def refresh_command(args: Namespace) -> int:
     try:
         result = hook.refresh_many(args.views, exclude=args.exclude, at_once=args.at_once, **arguments)
     except FleetFailed as error:
-        sys.stderr.write(f"{error}\n")
         if error.result is None:
             raise
+        _complain(str(error))
         result, code = error.result, 1
-    _show(args, [_row(each) for each in result.as_dict(hook.redact)["views"]])
+    found = result.as_dict(hook.redact)["views"]
+    _check_any(args, found)
+    _show(args, [_row(each) for each in found])
     return code
 
 
@@ -245,6 +269,7 @@ def verify_command(args: Namespace) -> int:
         args.views, exclude=args.exclude, mode=args.mode, sample=args.sample, timeout=args.timeout
     )
     found = report.as_dict(hook.redact)["views"]
+    _check_any(args, found)
     if args.output in ("json", "yaml"):
         _show(args, found)
     else:
@@ -252,7 +277,7 @@ def verify_command(args: Namespace) -> int:
         _show(args, [{name: each[name] for name in columns} for each in found])
         for each in found:
             for example in each["examples"]:
-                sys.stdout.write(f"{each['view']}: {example['line']}\n")
+                sys.stdout.write(visible(f"{each['view']}: {example['line']}") + "\n")
     if any(each["verdict"] == "failed" for each in found):
         return 1
     return 0 if all(each["verdict"] == "equal" for each in found) else DIFFERS
@@ -262,9 +287,9 @@ def verify_command(args: Namespace) -> int:
 def check_command(args: Namespace) -> int:
     """Apply the alert rules."""
     hook = _hook(args)
-    found = hook.check(
-        args.views, exclude=args.exclude, max_age=args.max_age, max_duration_ratio=args.max_duration_ratio
-    )
+    # Named as the rules are; what was not given is as the rules have it.
+    rules = {name: value for name in RULES if (value := getattr(args, name)) is not None}
+    found = hook.check(args.views, exclude=args.exclude, failed=args.failed, **rules)
     story().info("%s", found.story())
     breaches = found.as_dict(hook.redact)["breaches"]
     if breaches or args.output in ("json", "yaml"):
@@ -280,10 +305,14 @@ def runs_command(args: Namespace) -> int:
     if args.run is not None:
         run = hook.recorded_run(args.run)
         if run is None:
-            sys.stderr.write(f"There is no run {args.run} on record.\n")
+            _complain(f"There is no run {args.run} on record.")
             return 1
         _facts(args, {name: value for name, value in vars(run).items() if value is not None})
         return 0
+    found = hook.runs(args.view, limit=args.limit)
+    if args.view is not None and not found:
+        _complain(f"There is no run of {args.view} on record.")
+        return 1
     _show(
         args,
         [
@@ -294,11 +323,11 @@ def runs_command(args: Namespace) -> int:
                 "status": run.status,
                 "started": _moment(run.started_at),
                 "seconds": _seconds(run.duration_ms),
-                "strategy": run.meta.get("strategy"),
-                "rows": run.row_count_after,
-                "error": None if run.error is None else f"{run.error['class']}: {run.error['message']}".splitlines()[0],
+                "strategy": _recorded(run.meta, "strategy"),
+                "rows": _recorded(run.meta, "row_count_after"),
+                "error": _first_line(run.error),
             }
-            for run in hook.runs(args.view, limit=args.limit)
+            for run in found
         ],
     )
     return 0
@@ -364,6 +393,28 @@ def adopt_command(args: Namespace) -> int:
     definitions = _hook(args).adopt(args.schema, folder=args.to, overwrite=args.overwrite)
     _show(args, [{"view": name, "folder": args.to} for name in definitions])
     return 0
+
+
+def _recorded(facts: object, name: str) -> Any:
+    # Other programs may have written rows, too.
+    return facts.get(name) if isinstance(facts, dict) else None
+
+
+def _first_line(error: object) -> str | None:
+    if error is None:
+        return None
+    told = f"{error.get('class')}: {error.get('message')}" if isinstance(error, dict) else str(error)
+    return next(iter(told.splitlines()), "")
+
+
+def _check_any(args: Namespace, found: Sequence[object]) -> None:
+    if not found:
+        raise ViewNotFound(
+            f"No materialized view is meant by {' '.join(args.views)}"
+            + (f" without {' '.join(args.exclude)}" if args.exclude else "")
+            + ".",
+            hint="patterns are over schema.name, without a schema over public, and are case-sensitive.",
+        )
 
 
 def _manners(args: Namespace) -> dict[str, Any]:

@@ -54,11 +54,7 @@ class RecordHook(ServerHook):
     def recorded_run(self, run_id: int) -> Run | None:
         """Return one run by its id, or None. (``run`` is what every hook of Airflow's runs SQL with.)"""
 
-        def read() -> Work[Run | None]:
-            yield from ensure_schema(self.tracking_schema)
-            return (yield from self._ledger.run(run_id))
-
-        return self._read(read())
+        return self._read(recorded(self._ledger, lambda ledger: ledger.run(run_id)))
 
     def last_run(self, view: str) -> Run | None:
         """Return the latest run of a view, or None before its first."""
@@ -113,12 +109,7 @@ class RecordHook(ServerHook):
         """
         selection = Selection(views, schemas, exclude)
         window = AlertRules(window=window, min_samples=1).window
-
-        def read() -> Work[list[ViewMetrics]]:
-            yield from ensure_schema(self.tracking_schema)
-            return (yield from read_metrics(self._ledger, selection, window=window))
-
-        return self._read(read())
+        return self._read(read_metrics(self._ledger, selection, window=window))
 
     def check(
         self,
@@ -156,7 +147,7 @@ class RecordHook(ServerHook):
         overrides: Mapping[str, Mapping[str, Any]] | None,
         rules: Mapping[str, Any],
     ) -> Work[Checkup]:
-        book = RuleBook(AlertRules.of(rules), dict(overrides or {}))
+        book = RuleBook(AlertRules.of(rules), {} if overrides is None else overrides)
         work = check_views(self._ledger, Selection(views, schemas, exclude), book)
         return explained(self.tracking_schema, work)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cached_property
 from typing import Any
 
 from airflow.providers.common.compat.sdk import AirflowPlugin
 
+from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.web.settings import URL_PREFIX, root_path, shown_connections
+
+_log = logging.getLogger(__name__)
 
 
 class MatViewsPlugin(AirflowPlugin):
@@ -25,7 +29,12 @@ class MatViewsPlugin(AirflowPlugin):
     @cached_property
     def external_views(self) -> list[dict[str, Any]]:  # type: ignore[override]
         """The entry in the menu."""
-        if not shown_connections():
+        try:
+            if not shown_connections():
+                return []
+        except InvalidDefinition as error:
+            # Airflow asks every plugin at once: what is raised here would cost it all the others, too.
+            _log.error("Materialized views are not in the menu. %s", error)
             return []
         return [
             {

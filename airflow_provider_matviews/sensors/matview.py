@@ -50,7 +50,9 @@ class MatViewMetricsSensor(BaseSensorOperator):
         Patterns mean the views that are on record; a name may also be of one that stands and is not. (templated)
     :param schemas: exact names of schemas, all views of which are meant. (templated)
     :param exclude: names and patterns of views that are not meant after all. (templated)
-    :param failed: whether it is a breach that a view's latest run failed; skipped runs are no runs here.
+    :param failed: whether it is a breach that a view's latest create or refresh failed; skipped runs are no runs here.
+    :param unreadable: whether it is one that no such view stands any more, though we have not dropped it, or that it
+        holds no data.
     :param consecutive_failures: so many failed runs in a row, or more, are one.
     :param max_duration_ratio: how many times the average of the successful refreshes before it the latest one may have
         taken; a run that is under way is measured by it too. None: that is no breach; and so for the others.
@@ -83,6 +85,7 @@ class MatViewMetricsSensor(BaseSensorOperator):
         schemas: Sequence[str] = (),
         exclude: Sequence[str] = (),
         failed: bool = True,
+        unreadable: bool = True,
         consecutive_failures: int | None = None,
         max_duration_ratio: float | None = 2.0,
         window: int = 20,
@@ -106,6 +109,7 @@ class MatViewMetricsSensor(BaseSensorOperator):
         # These are not templated: what is wrong with them is said when the DAG is read.
         self.rules = AlertRules(
             failed=failed,
+            unreadable=unreadable,
             consecutive_failures=consecutive_failures,
             max_duration_ratio=max_duration_ratio,
             window=window,

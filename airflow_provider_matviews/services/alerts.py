@@ -9,25 +9,27 @@ from statistics import fmean
 from typing import Any
 
 from airflow_provider_matviews.checks import as_seconds
-from airflow_provider_matviews.exceptions import ViewNotFound
+from airflow_provider_matviews.exceptions import InvalidDefinition, ViewNotFound
 from airflow_provider_matviews.rules import AlertRules
-from airflow_provider_matviews.services.instructions import Work
+from airflow_provider_matviews.services.instructions import Note, Work
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.metrics import RunningRun, ViewMetrics, read_metrics
-from airflow_provider_matviews.services.migrations import ensure_schema
 from airflow_provider_matviews.services.selection import Selection, is_meant
 
 #: Of a smaller view it does not matter how much of its room is free (8 MiB).
 SMALLEST_BLOATED = 8 * 1024 * 1024
 #: Characters of an error's message that a table has room for.
-_LONGEST_EXCERPT = 120
+_LONGEST_EXCERPT = 300
+#: Views that a note names.
+_MOST_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Breach:
     """A rule that a view breaks.
 
-    :ivar rule: ``failed``, ``consecutive_failures``, ``slow``, ``late``, ``running``, ``row_count`` or ``bloat``.
+    :ivar rule: ``failed``, ``unreadable``, ``consecutive_failures``, ``slow``, ``late``, ``running``, ``row_count`` or
+        ``bloat``.
     :ivar message: what is so, in one line.
     :ivar what_to_do: where to look, or what mends it.
     :ivar value: what was found, in the unit of the rule: runs, times, seconds.
@@ -121,12 +123,18 @@ class RuleBook:
     :param rules: those of every view.
     :param overrides: name or pattern, as in :class:`Selection` -> what is different there; the later go before.
     :raises InvalidName: when a name is none.
+    :raises InvalidDefinition: when a rule is none, or a value is not what it should be.
     """
 
     rules: AlertRules
     overrides: Mapping[str, Mapping[str, Any]]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.overrides, Mapping) or not all(isinstance(name, str) for name in self.overrides):
+            raise InvalidDefinition(
+                f"overrides={self.overrides!r} does not map names or patterns to rules.",
+                hint='for example overrides={"reports.*": {"max_age": 3600}}',
+            )
         for name, changes in self.overrides.items():
             self.rules.with_changes(changes)
             is_meant(name, "public", "")
@@ -151,7 +159,6 @@ def check_views(ledger: Ledger, selection: Selection, book: RuleBook) -> Work[Ch
     :raises ViewNotFound: as of :func:`read_metrics`, and when there is none to look at: an alert that looks
         in the wrong place would never be heard.
     """
-    yield from ensure_schema(ledger.tracking_schema)
     metrics = yield from read_metrics(
         ledger,
         selection,
@@ -161,14 +168,37 @@ def check_views(ledger: Ledger, selection: Selection, book: RuleBook) -> Work[Ch
     )
     if not metrics:
         raise ViewNotFound(
-            f"There is no view to look at: none that is meant is on record in schema {ledger.tracking_schema} of this "
-            "database.",
+            "There is no view to look at: none that is meant is on record in the run tables of schema "
+            f"{ledger.tracking_schema} of this database, if there are any.",
             hint="see conn_id, tracking_schema, views and schemas; a view is on record from its first run on.",
         )
+    for pattern in book.overrides:
+        if not any(is_meant(pattern, each.schema_name, each.view_name) for each in metrics):
+            yield Note(f"overrides: {pattern!r} means none of the views that are looked at.", warning=True)
+    for note in _unjudged(metrics, book):
+        yield Note(note, warning=True)
     breaches: list[Breach] = []
     for each in metrics:
         breaches += breaches_of(each, book.of(each.schema_name, each.view_name))
     return Checkup(tuple(metrics), tuple(breaches))
+
+
+def _unjudged(metrics: Sequence[ViewMetrics], book: RuleBook) -> Iterator[str]:
+    """Say which rules are asked for and say nothing, because what they need is not on record."""
+    for rule, fact, why in (
+        ("max_bloat", "bloat", "no create or refresh that rebuilt it is on record with its size"),
+        ("max_row_count_ratio", "row_count", "its rows are not counted (row_count_strategy)"),
+    ):
+        views = [
+            each.view
+            for each in metrics
+            if each.last_filled_at is not None
+            and getattr(each, fact) is None
+            and getattr(book.of(each.schema_name, each.view_name), rule) is not None
+        ]
+        if views:
+            more = f" and {len(views) - _MOST_NAMED} more" if len(views) > _MOST_NAMED else ""
+            yield f"{rule} says nothing of {', '.join(views[:_MOST_NAMED])}{more}: {why}."
 
 
 def breaches_of(metrics: ViewMetrics, rules: AlertRules) -> Iterable[Breach]:
@@ -194,6 +224,7 @@ def _failed(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:
                 since=run.started_at,
                 run_id=run.id,
             )
+            return
     last = metrics.last_attempt
     if last is None or last.status != "failed":
         return
@@ -205,12 +236,27 @@ def _failed(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:
         metrics.view,
         "failed",
         f"its {last.operation} of {_time(last.started_at)} failed{times}: {error.get('class')}: {message}",
-        _excerpt(str(error.get("hint") or f"see the error of run {last.id} in mat_view_run_history")),
+        " ".join(str(error.get("hint") or f"see the error of run {last.id} in mat_view_run_history").split()),
         value=count,
         limit=0,
         since=metrics.failing_since,
         run_id=last.id,
     )
+
+
+def _unreadable(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:
+    # One that never came to be is told by its failed create.
+    if not rules.unreadable or metrics.recorded_at is None or (not metrics.stands and metrics.last_filled_at is None):
+        return
+    if not metrics.stands:
+        yield Breach(
+            metrics.view,
+            "unreadable",
+            "no materialized view stands under its name any more: somebody else has dropped or renamed it",
+            "create it again; or, where that was meant, hook.delete() it, which ends its history",
+        )
+    elif not metrics.populated:
+        yield Breach(metrics.view, "unreadable", "it holds no data: whoever reads it gets an error", "refresh it once")
 
 
 def _consecutive_failures(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:
@@ -342,12 +388,12 @@ def _bloat(metrics: ViewMetrics, rules: AlertRules) -> Iterator[Breach]:
         )
 
 
-_JUDGES = (_failed, _consecutive_failures, _slow, _late, _running, _row_count, _bloat)
+_JUDGES = (_failed, _unreadable, _consecutive_failures, _slow, _late, _running, _row_count, _bloat)
 
 
 def _average(values: Sequence[float], rules: AlertRules) -> float | None:
     values = values[: rules.window]
-    return fmean(values) if len(values) >= rules.min_samples else None
+    return fmean(values) if len(values) >= min(rules.min_samples, rules.window) else None
 
 
 def _times(value: float, usual: float) -> str:

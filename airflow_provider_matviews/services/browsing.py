@@ -17,7 +17,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
-from airflow_provider_matviews.services.metrics import read_recorded
+from airflow_provider_matviews.services.metrics import number, read_recorded
 from airflow_provider_matviews.services.overview import ViewGlance, glance
 from airflow_provider_matviews.services.staleness import Judgement, judge_views
 
@@ -134,9 +134,8 @@ def run_list(ledger: Ledger, wanted: RunFilter, limit: int) -> Work[list[dict[st
                 """
                 SELECT r.id, d.name AS view, {operation} AS operation, {status} AS status, r.started_at, r.finished_at,
                        r.duration_ms, r.meta->>'strategy' AS strategy,
-                       (r.meta->>'row_count_before')::bigint AS row_count_before,
-                       (r.meta->>'row_count_after')::bigint AS row_count_after,
-                       (r.meta->'response'->>'size_bytes')::bigint AS size_bytes, r.meta->>'dag_id' AS dag_id,
+                       {rows_before} AS row_count_before, {rows_after} AS row_count_after, {size} AS size_bytes,
+                       r.meta->>'dag_id' AS dag_id,
                        left((r.error->>'class') || ': ' || (r.error->>'message'), 300) AS error, r.created_at,
                        (extract(epoch FROM r.created_at) * 1000000)::bigint || '-' || r.id AS mark
                 FROM ({chosen}) chosen JOIN {runs} r ON r.id = chosen.id
@@ -147,6 +146,9 @@ def run_list(ledger: Ledger, wanted: RunFilter, limit: int) -> Work[list[dict[st
                 **names,
                 operation=_in_words("operation", Operation),
                 status=_in_words("status", RunStatus),
+                rows_before=number("r.meta->'row_count_before'"),
+                rows_after=number("r.meta->'row_count_after'"),
+                size=number("r.meta->'response'->'size_bytes'"),
                 chosen=_chosen(wanted).format(**names, kinds=_kinds(wanted)),
             ),
             parameters,
@@ -196,13 +198,15 @@ def _in_words(column: str, kind: type[IntEnum]) -> sql.Composed:
     words = sql.SQL(" ").join(
         sql.SQL("WHEN {} THEN {}").format(sql.Literal(int(each)), sql.Literal(each.name.lower())) for each in kind
     )
-    return sql.SQL("CASE r.{} {} END").format(sql.Identifier(column), words)
+    return sql.SQL("CASE r.{0} {1} ELSE r.{0}::text END").format(sql.Identifier(column), words)
 
 
 def staleness(ledger: Ledger) -> Work[list[Judgement]]:
-    """Say of every view that stands whether it is older than what it reads."""
+    """Say of every view that stands, and of which that can be said, whether it is older than what it reads."""
     kept = yield from ledger.definitions()
-    return (yield from judge_views({(each.schema_name, each.view_name): each.source_state for each in kept}))
+    judged = yield from judge_views({(each.schema_name, each.view_name): each.source_state for each in kept})
+    # Of others it is not known: they have not been refreshed since they are on record.
+    return [each for each in judged if each.refreshed_at is not None]
 
 
 @dataclass(frozen=True)

@@ -126,9 +126,11 @@ def _create(job: Creating, place: Place) -> Work[None]:
 
 
 def _count_filled(job: Creating) -> Work[None]:
+    filled = yield from catalog.require_view(job.view)
+    # What bloat is measured by later.
+    job.report.told(heap_bytes=(yield from catalog.heap_size_of(filled.oid)))
     if job.row_counts is RowCountStrategy.NONE:
         return
-    filled = yield from catalog.require_view(job.view)
     if job.server.track_counts:
         # Made in this transaction: whatever it has inserted is what the view holds.
         job.report.told(row_count_after=filled.inserted)

@@ -715,8 +715,8 @@ def _backtrace(error: BaseException) -> list[str]:
 
 
 def _definition(row: Mapping[str, Any]) -> DefinitionRecord:
-    # By name: a newer version of this package may have added columns.
-    values = {field.name: row[field.name] for field in fields(DefinitionRecord)}
+    # By name: a newer version of this package may have added columns, and an older one may not have had them yet.
+    values = {field.name: row[field.name] for field in fields(DefinitionRecord) if field.name in row}
     values["refresh_strategy"] = _STRATEGIES[row["refresh_strategy"]]
     values["unique_index_columns"] = tuple(row["unique_index_columns"])
     return DefinitionRecord(**values)

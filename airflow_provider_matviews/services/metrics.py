@@ -12,6 +12,7 @@ from datetime import datetime
 from statistics import fmean
 from typing import Any
 
+import psycopg
 from psycopg import sql
 
 from airflow_provider_matviews.exceptions import ViewNotFound
@@ -27,6 +28,7 @@ from airflow_provider_matviews.services.selection import Selection
 #: A view that has failed for so long is no worse than one that has failed longer.
 _MOST_FAILURES = 1000
 _WORDS = {operation.value: operation.word for operation in Operation}
+_STATUSES = {status.value: status.name.lower() for status in RunStatus}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class ViewMetrics:
     :ivar at: now, by the server's clock.
     :ivar recorded_at: since when it is on record; None where it is not.
     :ivar stands: whether there is such a materialized view.
-    :ivar last_attempt: its latest run that succeeded or failed, whichever operation.
+    :ivar populated: whether it holds data, so that it answers queries.
+    :ivar last_attempt: its latest create or refresh that succeeded or failed.
+    :ivar dropped_at: when we last dropped it, or found that there was nothing to drop.
     :ivar last_filled_at: when a create or a refresh last succeeded.
     :ivar unchanged_at: when a refresh was last left out because nothing had changed, if that is among the latest.
     :ivar consecutive_failures: how many runs have failed since the last that succeeded.
@@ -84,7 +88,7 @@ class ViewMetrics:
     :ivar begun_at: when these began; empty where that was not asked for.
     :ivar row_count: after it was last filled; None where unknown.
     :ivar row_counts: after the same refreshes, None where unknown; empty where they were not asked for.
-    :ivar heap_bytes: its size without indexes, now.
+    :ivar heap_bytes: its size without indexes after its last run, or by the last ANALYZE.
     :ivar bloat: how many times the room of the last rebuild a row of it takes; None where unknown or not asked for.
     """
 
@@ -96,6 +100,8 @@ class ViewMetrics:
     managed: bool | None = None
     recorded_at: datetime | None = None
     stands: bool = True
+    populated: bool = True
+    dropped_at: datetime | None = None
     last_attempt: Attempt | None = None
     last_filled_at: datetime | None = None
     unchanged_at: datetime | None = None
@@ -115,6 +121,19 @@ class ViewMetrics:
         """Seconds since it was last filled, or found unchanged; None where it never was."""
         known = [each for each in (self.last_filled_at, self.unchanged_at) if each is not None]
         return (self.at - max(known)).total_seconds() if known else None
+
+    @property
+    def was_dropped(self) -> bool:
+        """Whether it is gone because it was dropped by us, or was never made; what is left is its history."""
+        if self.stands:
+            return False
+        last = self.last_attempt
+        if self.last_filled_at is None and (last is None or last.operation != Operation.CREATE.word):
+            # A name that somebody mistyped.
+            return True
+        return self.dropped_at is not None and (
+            last is None or last.started_at is None or last.started_at <= self.dropped_at
+        )
 
     @property
     def average_ms(self) -> float | None:
@@ -141,7 +160,6 @@ def read_metrics(
     :param rows: whether row counts are wanted, which the index does not hold.
     :param bloat: whether sizes are wanted.
     :raises ViewNotFound: when an exact name is of a view that neither stands nor is on record, or was dropped.
-    :raises psycopg.errors.UndefinedTable: when there are no run tables yet.
     """
     recorded = yield from _recorded(ledger)
     standing, unknown = yield from _standing(selection, recorded)
@@ -152,10 +170,10 @@ def read_metrics(
     found = yield from _read(
         ledger, [recorded[name][0] for name in chosen if name in recorded], window, times=times, rows=rows, bloat=bloat
     )
-    dropped = [each for each in found if not each.stands and _was_dropped(each)]
+    dropped = [each for each in found if each.was_dropped]
     if gone := sorted({each.view for each in dropped} & set(standing.values())):
         raise ViewNotFound(
-            f"{', '.join(gone)} {'was' if len(gone) == 1 else 'were'} dropped; only the history is left.",
+            f"No materialized view stands under {', '.join(gone)}: dropped, or never made; only the history is left.",
             hint="create it again, or take its name out of views=...",
         )
     gone_ids = {each.definition_id for each in dropped}
@@ -187,17 +205,16 @@ def read_recorded(
     return (yield from _with_lost(ledger, found, recorded))
 
 
-def _was_dropped(metrics: ViewMetrics) -> bool:
-    last = metrics.last_attempt
-    return last is not None and last.operation == Operation.DROP.word and last.status == "success"
-
-
 def _recorded(ledger: Ledger) -> Work[dict[str, tuple[int, ResolvedName]]]:
-    rows = yield from fetch_all(
-        sql.SQL("SELECT id, schema_name, view_name, name FROM {}").format(ledger.table("mat_view_definitions")),
-        (),
-        Session.RECORD,
-    )
+    try:
+        rows = yield from fetch_all(
+            sql.SQL("SELECT id, schema_name, view_name, name FROM {}").format(ledger.table("mat_view_definitions")),
+            (),
+            Session.RECORD,
+        )
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        # Made by the first operation, never by whoever only looks.
+        return {}
     return {row["name"]: (row["id"], ResolvedName(row["schema_name"], row["view_name"], row["name"])) for row in rows}
 
 
@@ -223,35 +240,45 @@ def _standing(
 _METRICS = """
     SELECT d.id, d.name AS view, d.schema_name, d.view_name, d.managed, d.created_at AS recorded_at,
            statement_timestamp() AS at,
-           c.oid IS NOT NULL AS stands, {size} AS heap_bytes, c.reltuples,
+           c.oid IS NOT NULL AS stands, coalesce(c.relispopulated, false) AS populated, c.reltuples,
+           -- Not pg_relation_size(): that waits for whoever has locked the view.
+           coalesce({heap_bytes}, nullif(c.relpages, 0)::bigint * current_setting('block_size')::bigint) AS heap_bytes,
            last.id AS run_id, last.operation, last.status, last.started_at, last.finished_at, last.duration_ms,
-           last.error - 'backtrace' AS error, last.meta->>'strategy' AS strategy, last.meta->>'dag_id' AS dag_id,
-           filled.finished_at AS last_filled_at, unchanged.created_at AS unchanged_at,
+           CASE jsonb_typeof(last.error) WHEN 'object' THEN last.error - 'backtrace' END AS error,
+           last.meta->>'strategy' AS strategy, last.meta->>'dag_id' AS dag_id,
+           CASE WHEN c.relispopulated IS NOT FALSE THEN filled.finished_at END AS last_filled_at,
+           newest.dropped_at, unchanged.created_at AS unchanged_at,
            failures.consecutive AS consecutive_failures, failures.since AS failing_since,
            failures.lately AS failures_24h,
            (SELECT coalesce(jsonb_agg(jsonb_build_object('id', r.id, 'operation', r.operation,
-                       'started_at', r.started_at, 'process', r.meta->>'process') ORDER BY r.id), '[]')
+                       'started_at', coalesce(r.started_at, r.created_at), 'process', r.meta->>'process')
+                   ORDER BY r.id), '[]')
             FROM {runs} r WHERE r.mat_view_definition_id = d.id AND r.status = {running}) AS running,
            ARRAY(SELECT r.duration_ms FROM {runs} r
                  WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
                    AND r.duration_ms IS NOT NULL
                  ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s) AS durations,
            {times} AS times, {rows} AS row_counts, {rebuilt} AS rebuilt,
-           (filled.meta->>'row_count_after')::bigint AS row_count
+           {row_count} AS row_count
     FROM {definitions} d
     LEFT JOIN LATERAL (
-        SELECT c.oid, c.reltuples FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+        SELECT c.oid, c.reltuples, c.relpages, c.relispopulated
+        FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = d.schema_name AND c.relname = d.view_name AND c.relkind = 'm'
     ) c ON true
     CROSS JOIN LATERAL (
         -- One look at the index for each kind: sorted by time it is within a kind.
-        SELECT (array_agg(each.id ORDER BY each.created_at DESC, each.id DESC))[1] AS id,
-               coalesce(max(each.created_at) FILTER (WHERE each.status = {success}), '-infinity') AS succeeded_at,
+        SELECT (array_agg(each.id ORDER BY each.created_at DESC, each.id DESC)
+                FILTER (WHERE each.operation < {drop}))[1] AS id,
+               coalesce(max(each.created_at) FILTER (WHERE each.status = {success} AND each.operation < {drop}),
+                        '-infinity') AS succeeded_at,
                max(each.created_at) FILTER (WHERE each.status = {failed}) AS failed_at,
+               max(each.created_at) FILTER (WHERE each.operation = {drop}) AS dropped_at,
                (array_agg(each.id ORDER BY each.created_at DESC, each.id DESC)
                 FILTER (WHERE each.status = {success} AND each.operation < {drop}))[1] AS filled_id
-        FROM (VALUES (0, {success}), (0, {failed}), (1, {success}), (1, {failed}), (2, {success}), (2, {failed}))
-             AS kind (operation, status)
+        FROM (VALUES (0, {success}), (0, {failed}), (1, {success}), (1, {failed}), ({drop}, {success}),
+                     -- What was not there.
+                     ({drop}, {skipped})) AS kind (operation, status)
         CROSS JOIN LATERAL (
             SELECT r.id, r.operation, r.status, r.created_at FROM {runs} r
             WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = kind.status
@@ -265,7 +292,7 @@ _METRICS = """
         SELECT count(*) FILTER (WHERE each.created_at > newest.succeeded_at) AS consecutive,
                min(each.created_at) FILTER (WHERE each.created_at > newest.succeeded_at) AS since,
                count(*) FILTER (WHERE each.created_at >= statement_timestamp() - interval '24 hours') AS lately
-        FROM (VALUES (0), (1), (2)) AS kind (operation)
+        FROM (VALUES (0), (1)) AS kind (operation)
         CROSS JOIN LATERAL (
             SELECT r.created_at FROM {runs} r
             WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {failed}
@@ -275,12 +302,10 @@ _METRICS = """
         WHERE newest.failed_at >= least(newest.succeeded_at, statement_timestamp() - interval '24 hours')
     ) failures
     LEFT JOIN LATERAL (
-        SELECT max(each.created_at) AS created_at FROM (
-            SELECT r.created_at, r.meta FROM {runs} r
-            WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {skipped}
-            ORDER BY r.created_at DESC, r.id DESC LIMIT 3
-        ) each
-        WHERE each.meta->'response'->>'spared' = 'unchanged' OR each.meta->'response' ? 'already'
+        -- In the words of its index: among the skipped runs it may be far back.
+        SELECT r.created_at FROM {runs} r
+        WHERE r.mat_view_definition_id = d.id AND r.status = 4 AND r.meta->'response'->>'spared' = 'unchanged'
+        ORDER BY r.created_at DESC LIMIT 1
     ) unchanged ON true
     WHERE d.id = ANY(%(ids)s)
 """
@@ -291,22 +316,32 @@ _TIMES = """
           ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
 """
 _ROW_COUNTS = """
-    ARRAY(SELECT (r.meta->>'row_count_after')::bigint FROM {runs} r
+    ARRAY(SELECT {rows_after} FROM {runs} r
           WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
             AND r.duration_ms IS NOT NULL
           ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
 """
-#: A hundred refreshes without a rebuild leave it unknown how large a rebuilt view would be.
+#: A hundred refreshes without a rebuild leave it unknown how large a rebuilt view would be. One that was created is as
+#: one that was rebuilt.
 _REBUILT = """
-    (SELECT (each.meta->'response'->>'heap_bytes')::float8 / (each.meta->>'row_count_after')::float8 FROM (
-         SELECT r.meta, r.created_at, r.id FROM {runs} r
-         WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
-         ORDER BY r.created_at DESC, r.id DESC LIMIT 100
+    (SELECT each.bytes / each.rows FROM (
+         SELECT {bytes_after}::float8 AS bytes, {rows_after}::float8 AS rows, r.created_at, r.id,
+                r.operation = 0 OR r.meta->>'strategy' IN ('swap', 'regular') AS rebuilt
+         FROM (VALUES (0, 1), (1, 100)) AS kind (operation, most)
+         CROSS JOIN LATERAL (
+             SELECT * FROM {runs} r
+             WHERE r.mat_view_definition_id = d.id AND r.operation = kind.operation AND r.status = {success}
+             ORDER BY r.created_at DESC, r.id DESC LIMIT kind.most
+         ) r
      ) each
-     WHERE each.meta->>'strategy' IN ('swap', 'regular') AND (each.meta->>'row_count_after')::bigint > 0
-       AND (each.meta->'response'->>'heap_bytes')::bigint > 0
+     WHERE each.rebuilt AND each.rows > 0 AND each.bytes > 0
      ORDER BY each.created_at DESC, each.id DESC LIMIT 1)
 """
+
+
+def number(path: str) -> sql.SQL:
+    """Return the expression of a number in a run's ``meta``, and nothing where it is none: others may write there."""
+    return sql.SQL("(CASE jsonb_typeof({0}) WHEN 'number' THEN ({0})::numeric::bigint END)".replace("{0}", path))
 
 
 def _read(
@@ -322,10 +357,13 @@ def _read(
         "most": sql.Literal(_MOST_FAILURES),
         **{status.name.lower(): sql.Literal(int(status)) for status in RunStatus},
     }
+    names["rows_after"] = number("r.meta->'row_count_after'")
+    names["bytes_after"] = number("r.meta->'response'->'heap_bytes'")
+    names["row_count"] = number("filled.meta->'row_count_after'")
+    names["heap_bytes"] = number("filled.meta->'response'->'heap_bytes'")
     names["times"] = sql.SQL(_TIMES).format(**names) if times else sql.SQL("'{{}}'::timestamptz[]")
     names["rows"] = sql.SQL(_ROW_COUNTS).format(**names) if rows else sql.SQL("'{{}}'::bigint[]")
     names["rebuilt"] = sql.SQL(_REBUILT).format(**names) if bloat else sql.SQL("NULL::float8")
-    names["size"] = sql.SQL("pg_catalog.pg_relation_size(c.oid)") if bloat else sql.SQL("NULL::bigint")
     found = yield from fetch_all(
         sql.SQL(_METRICS).format(**names), {"ids": list(ids), "window": window + 1}, Session.RECORD
     )
@@ -337,8 +375,8 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
     if row["run_id"] is not None:
         attempt = Attempt(
             row["run_id"],
-            _WORDS[row["operation"]],
-            RunStatus(row["status"]).name.lower(),
+            _WORDS.get(row["operation"], str(row["operation"])),
+            _STATUSES.get(row["status"], str(row["status"])),
             row["started_at"],
             row["finished_at"],
             row["duration_ms"],
@@ -347,8 +385,9 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
             row["dag_id"],
         )
     bloat = None
-    if row["rebuilt"] and row["heap_bytes"] and row["reltuples"] > 0:
-        bloat = row["heap_bytes"] / row["reltuples"] / row["rebuilt"]
+    rows = row["row_count"] or row["reltuples"]
+    if row["rebuilt"] and row["heap_bytes"] and rows and rows > 0:
+        bloat = row["heap_bytes"] / rows / row["rebuilt"]
     return ViewMetrics(
         view=row["view"],
         schema_name=row["schema_name"],
@@ -358,6 +397,8 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
         managed=row["managed"],
         recorded_at=row["recorded_at"],
         stands=row["stands"],
+        populated=row["populated"],
+        dropped_at=row["dropped_at"],
         last_attempt=attempt,
         last_filled_at=row["last_filled_at"],
         unchanged_at=row["unchanged_at"],
@@ -367,7 +408,7 @@ def _metrics(row: Mapping[str, Any]) -> ViewMetrics:
         running=tuple(
             RunningRun(
                 each["id"],
-                _WORDS[each["operation"]],
+                _WORDS.get(each["operation"], str(each["operation"])),
                 datetime.fromisoformat(each["started_at"]),
                 each["process"],
             )

@@ -148,6 +148,12 @@ CREATE TABLE {schema}.mat_view_changes (
             "CREATE INDEX IF NOT EXISTS index_mat_view_runs_failed "
             "ON {schema}.mat_view_runs (created_at, mat_view_definition_id) WHERE status = 3"
         ),
+        # When nothing had changed, among runs that were skipped for other reasons.
+        sql.SQL(
+            "CREATE INDEX IF NOT EXISTS index_mat_view_runs_unchanged ON {schema}.mat_view_runs "
+            "(mat_view_definition_id, created_at DESC) "
+            "WHERE status = 4 AND meta->'response'->>'spared' = 'unchanged'"
+        ),
         # By their share of so large a table, dead rows would be left for weeks, and what the visibility map says of new
         # ones as long: index-only scans need it.
         sql.SQL(
@@ -295,7 +301,7 @@ def _explain(tracking_schema: str, error: psycopg.Error) -> Work[MissingPrivileg
             hint=(
                 f"as the schema's owner, run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}; "
                 f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}; "
-                "or choose another schema with tracking_schema=..."
+                "or choose another schema with tracking_schema=... To look only, USAGE and SELECT are enough."
             ),
         )
     return MissingPrivilege(

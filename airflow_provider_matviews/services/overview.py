@@ -75,6 +75,8 @@ def _state(metrics: ViewMetrics, usual: float | None) -> tuple[ViewState, str]:
         return ViewState.GONE, "no materialized view stands under its name; only the record is left"
     if lost:
         return ViewState.FAILING, f"the process of its {lost[0].operation} is gone"
+    if not metrics.populated:
+        return ViewState.FAILING, "it holds no data: whoever reads it gets an error"
     if last is not None and last.status == "failed":
         count = metrics.consecutive_failures
         return ViewState.FAILING, f"its last {last.operation} failed" if count < 2 else f"its last {count} runs failed"

@@ -78,6 +78,10 @@ class Selection:
             for what, names in (("views", self.views), ("exclude", self.exclude))
             for name in names
             if not self._matching([name], graph, standing)
+        ] + [
+            f"schemas={name!r} has no materialized view."
+            for name in self.schemas
+            if not any(view.schema == name for view in graph.views.values())
         ]
 
     @staticmethod

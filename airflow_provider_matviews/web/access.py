@@ -9,14 +9,22 @@ from airflow.api_fastapi.auth.managers.models.resource_details import Connection
 from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_connection
 from fastapi import Depends, HTTPException, Path, status
 
+from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.web.settings import shown_connections
 
 #: Raises where the user may not read the connection that the path names.
 may_read = requires_access_connection("GET")
 
 
+def _shown_connections() -> dict[str, str]:
+    try:
+        return shown_connections()
+    except InvalidDefinition as error:
+        raise HTTPException(status.HTTP_503_SERVICE_UNAVAILABLE, str(error)) from error
+
+
 def _on_the_list(connection_id: Annotated[str, Path(max_length=250)]) -> tuple[str, str]:
-    schema = shown_connections().get(connection_id)
+    schema = _shown_connections().get(connection_id)
     if schema is None:
         raise HTTPException(
             status.HTTP_404_NOT_FOUND,
@@ -35,6 +43,6 @@ def readable_connections(user: GetUserDep) -> list[str]:
     manager = get_auth_manager()
     return [
         connection_id
-        for connection_id in shown_connections()
+        for connection_id in _shown_connections()
         if manager.is_authorized_connection(method="GET", details=ConnectionDetails(conn_id=connection_id), user=user)
     ]

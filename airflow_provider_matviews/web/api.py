@@ -11,7 +11,7 @@ from airflow.providers.common.compat.sdk import AirflowNotFoundException
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
 from pydantic import BaseModel
 
-from airflow_provider_matviews.exceptions import MatViewError
+from airflow_provider_matviews.exceptions import MatViewError, NotAMaterializedView
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services import browsing
 from airflow_provider_matviews.services.instructions import Work
@@ -21,11 +21,18 @@ from airflow_provider_matviews.web.access import Shown, may_read, readable_conne
 
 #: The greatest bigint: what is beyond it is no id.
 _LARGEST_ID = 2**63 - 1
+_NOTHING = "Nothing of this name or number is on record there."
 #: Seconds that a statement may take while somebody waits at a screen.
 LONGEST_STATEMENT = 5.0
 _T = TypeVar("_T")
+#: What PostgreSQL could hold: no NUL.
+_HELD = r"^[^\x00]*$"
 #: A part of a view's name, as it is and not as one would type it. No part of a path: it may hold slashes.
-NamePart = Annotated[str, Query(min_length=1, max_length=63)]
+NamePart = Annotated[str, Query(min_length=1, max_length=63, pattern=_HELD)]
+SomeNamePart = Annotated[str | None, Query(max_length=63, pattern=_HELD)]
+#: The id of a connection may hold slashes, too; Airflow's own check of who may read it looks for it in the path. What
+#: comes after it is fixed, but for a number, so that a path is read in one way only.
+_OF_CONNECTION = "/connections/{connection_id:path}"
 
 router = APIRouter(prefix="/api/v1", tags=["Materialized views"])
 
@@ -50,8 +57,8 @@ class LastRun(BaseModel):
     """The latest run that came to an end."""
 
     id: int
-    operation: str
-    status: str
+    operation: str | None
+    status: str | None
     finished_at: datetime | None
     duration_ms: int | None
     strategy: str | None
@@ -107,8 +114,8 @@ class RunRow(BaseModel):
 
     id: int
     view: str
-    operation: str
-    status: str
+    operation: str | None
+    status: str | None
     started_at: datetime | None
     finished_at: datetime | None
     duration_ms: int | None
@@ -129,17 +136,17 @@ class RunList(BaseModel):
 
 
 class RunDetail(BaseModel):
-    """A run, with everything that is recorded of it."""
+    """A run, with everything that is recorded of it, be it as another program has written it."""
 
     id: int
     view: str
-    operation: str
-    status: str
+    operation: str | None
+    status: str | None
     started_at: datetime | None
     finished_at: datetime | None
     duration_ms: int | None
-    error: dict[str, Any] | None
-    meta: dict[str, Any]
+    error: Any
+    meta: Any
     created_at: datetime
     schema_name: str
     view_name: str
@@ -171,7 +178,7 @@ class DeclaredDefinition(BaseModel):
     sql: str | None
     refresh_strategy: str
     managed: bool
-    declaration: dict[str, Any]
+    declaration: Any
     created_at: datetime
     updated_at: datetime
 
@@ -222,14 +229,14 @@ def list_connections(connections: Annotated[list[str], Depends(readable_connecti
     return ConnectionList(connections=connections)
 
 
-@router.get("/connections/{connection_id}/views", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/views", dependencies=[Depends(may_read)])
 def list_views(shown: Shown) -> ViewList:
     """List every view that is on record, with its state and what it is judged by."""
     found = _ask(shown, read_overview, [])
     return ViewList(at=found[0].metrics.at if found else None, views=[_summary(each) for each in found])
 
 
-@router.get("/connections/{connection_id}/staleness", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/staleness", dependencies=[Depends(may_read)])
 def list_staleness(shown: Shown) -> StalenessList:
     """Say of every view whether it is older than what it reads; this takes longer than the list."""
     found = _ask(shown, browsing.staleness, [])
@@ -238,11 +245,11 @@ def list_staleness(shown: Shown) -> StalenessList:
     )
 
 
-@router.get("/connections/{connection_id}/graph", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/graph", dependencies=[Depends(may_read)])
 def read_graph(
     shown: Shown,
-    schema_name: Annotated[str | None, Query(max_length=63)] = None,
-    view_name: Annotated[str | None, Query(max_length=63)] = None,
+    schema_name: SomeNamePart = None,
+    view_name: SomeNamePart = None,
 ) -> GraphDetail:
     """Read which views read which, of all of them or around one; of more than 300 there is no drawing."""
     graph = _ask(shown, lambda _: browsing.view_graph(schema_name, view_name))
@@ -263,11 +270,11 @@ def read_graph(
     )
 
 
-@router.get("/connections/{connection_id}/runs", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/runs", dependencies=[Depends(may_read)])
 def list_runs(
     shown: Shown,
-    schema_name: Annotated[str | None, Query(max_length=63)] = None,
-    view_name: Annotated[str | None, Query(max_length=63)] = None,
+    schema_name: SomeNamePart = None,
+    view_name: SomeNamePart = None,
     operation: Literal["create", "refresh", "drop"] | None = None,
     run_status: Annotated[Literal["running", "success", "failed", "skipped"] | None, Query(alias="status")] = None,
     before: Annotated[str | None, Query(pattern=r"^\d{1,18}-\d{1,18}$")] = None,
@@ -280,14 +287,16 @@ def list_runs(
     return RunList(runs=[RunRow(**row) for row in rows], next=last)
 
 
-@router.get("/connections/{connection_id}/runs/{run_id}", dependencies=[Depends(may_read)])
-def read_run(shown: Shown, run_id: Annotated[int, Path(ge=1, le=_LARGEST_ID)]) -> RunDetail:
+@router.get(_OF_CONNECTION + "/runs/{run_id}", dependencies=[Depends(may_read)])
+def read_run(shown: Shown, run_id: Annotated[int, Path(ge=1)]) -> RunDetail:
     """Read one run, and which runs of its view came before and after it."""
+    if run_id > _LARGEST_ID:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, _NOTHING)
     page = _ask(shown, lambda ledger: browsing.run_page(ledger, run_id))
     return RunDetail(**vars(page.run), **{name: value for name, value in vars(page).items() if name != "run"})
 
 
-@router.get("/connections/{connection_id}/view", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/view", dependencies=[Depends(may_read)])
 def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewDetail:
     """Read what is on record of one view."""
     page = _ask(shown, lambda ledger: browsing.view_page(ledger, schema_name, view_name))
@@ -309,7 +318,7 @@ def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewD
     )
 
 
-@router.get("/connections/{connection_id}/view/catalog", dependencies=[Depends(may_read)])
+@router.get(_OF_CONNECTION + "/view/catalog", dependencies=[Depends(may_read)])
 def read_catalog(shown: Shown, schema_name: NamePart, view_name: NamePart) -> CatalogDetail:
     """Read what the catalogs say of one view; this waits for whoever has locked it, for a while."""
     page = _answer(shown, lambda hook: hook.browse_catalog(schema_name, view_name, seconds=LONGEST_STATEMENT))
@@ -340,7 +349,7 @@ def _summary(each: ViewGlance) -> ViewSummary:
             duration_ms=last.duration_ms,
             strategy=last.strategy,
             dag_id=last.dag_id,
-            error=None if last.error is None else f"{last.error.get('class')}: {last.error.get('message')}",
+            error=_told(last.error),
         ),
         last_filled_at=known.last_filled_at,
         age=known.age,
@@ -364,6 +373,12 @@ def _summary(each: ViewGlance) -> ViewSummary:
     )
 
 
+def _told(error: object) -> str | None:
+    if isinstance(error, dict):
+        return f"{error.get('class')}: {error.get('message')}"
+    return None if error is None else str(error)
+
+
 def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]], nothing: Any = None) -> _T:
     return _answer(shown, lambda hook: hook.browse(question, seconds=LONGEST_STATEMENT), nothing)
 
@@ -374,6 +389,8 @@ def _answer(shown: tuple[str, str], ask: Callable[[MatViewHook], _T | None], not
         answer = ask(MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema))
     except AirflowNotFoundException as error:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "Airflow knows no such connection.") from error
+    except NotAMaterializedView as error:
+        raise HTTPException(status.HTTP_404_NOT_FOUND, "What stands there is no materialized view.") from error
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
         raise HTTPException(status.HTTP_504_GATEWAY_TIMEOUT, "The database took too long to answer.") from error
     except (MatViewError, psycopg.Error) as error:
@@ -384,5 +401,5 @@ def _answer(shown: tuple[str, str], ask: Callable[[MatViewHook], _T | None], not
     if answer is None:
         answer = nothing
     if answer is None:
-        raise HTTPException(status.HTTP_404_NOT_FOUND, "Nothing of this name or number is on record there.")
+        raise HTTPException(status.HTTP_404_NOT_FOUND, _NOTHING)
     return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import quote
@@ -68,7 +69,9 @@ def create_app() -> FastAPI:
 
     @app.get("/", include_in_schema=False, dependencies=[Depends(get_user)])
     def page() -> Response:
-        return _file("index.html", "text/html; charset=utf-8")
+        content = (files("airflow_provider_matviews.web") / "static" / "index.html").read_text()
+        # Where Airflow's own addresses begin: its configuration says so, and the page's address does not.
+        return Response(content.replace("%ROOT%", escape(root_path())), media_type="text/html; charset=utf-8")
 
     @app.exception_handler(HTTPException)
     async def refuse(request: Request, error: HTTPException) -> Response:

@@ -2,7 +2,7 @@
 
 import { showGraph } from "./graph.js";
 import { showViews } from "./list.js";
-import { ask, element, link, Refused, show } from "./parts.js";
+import { ask, connectionPicker, element, link, Refused, show } from "./parts.js";
 import { showRun, showRuns } from "./runs.js";
 import { followTheme } from "./theme.js";
 import { showView } from "./view.js";
@@ -37,25 +37,49 @@ const routes = [
   [/^$|^#?\/?$/, showConnections],
 ];
 
-async function route() {
-  const address = location.hash;
+function asked() {
   for (const [pattern, open] of routes) {
-    const found = pattern.exec(address);
+    const found = pattern.exec(location.hash);
     if (!found) continue;
-    page.setAttribute("aria-busy", "true");
     try {
-      await open(...found.slice(1).map(decodeURIComponent));
-    } catch (error) {
-      if (location.hash !== address) return;
-      show(element("h1", {}, "Materialized views"),
-        element("p", { class: "notice error", role: "alert" }, error instanceof Refused ? error.message : `This page does not work: ${error}`));
-    } finally {
-      page.removeAttribute("aria-busy");
+      return [open, found.slice(1).map(decodeURIComponent)];
+    } catch {
+      // A % that begins nothing.
+      return null;
     }
-    page.focus({ preventScroll: true });
-    return;
   }
-  show(element("h1", {}, "Materialized views"), element("p", { class: "notice" }, "There is no such page. ", link([], "Begin here.")));
+  return null;
+}
+
+// What is wrong, and the ways on from there: of several connections others may well be there.
+async function showTrouble(notice, isNow) {
+  const [current] = asked()?.[1] ?? [];
+  const { connections } = await ask("connections").catch(() => ({ connections: [] }));
+  if (!isNow()) return;
+  document.title = "Materialized views";
+  show(element("nav", { "aria-label": "Up" }, current === undefined ? link([], "← Materialized views") : link([current], "← All views")),
+    element("h1", {}, "Materialized views"),
+    connections.length > (connections.includes(current) ? 1 : 0) ? element("div", { class: "tools" }, connectionPicker(connections, current)) : null,
+    notice);
+}
+
+let latest = 0;
+
+async function route() {
+  latest += 1;
+  const mine = latest;
+  const isNow = () => mine === latest;
+  page.setAttribute("aria-busy", "true");
+  const found = asked();
+  try {
+    if (found) await found[0](...found[1]);
+    else await showTrouble(element("p", { class: "notice" }, "There is no such page."), isNow);
+  } catch (error) {
+    await showTrouble(element("p", { class: "notice error", role: "alert" }, error instanceof Refused ? error.message : `This page does not work: ${error}`), isNow);
+  }
+  if (!isNow()) return;
+  page.removeAttribute("aria-busy");
+  page.focus({ preventScroll: true });
 }
 
 followTheme();

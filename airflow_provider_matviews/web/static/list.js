@@ -1,6 +1,6 @@
 // All views at a glance.
 
-import { age, ask, bytes, element, link, milliseconds, number, root, show, sparkline, time } from "./parts.js";
+import { age, ask, bytes, connectionPicker, element, link, milliseconds, number, root, show, sparkline, time } from "./parts.js";
 
 const ORDER = ["failing", "late", "running", "stale", "never run", "fresh", "gone"];
 const COLUMNS = [
@@ -96,10 +96,7 @@ export async function showViews(connection, others) {
     kept.state = states.value;
     draw();
   });
-  const picker = element("select", { "aria-label": "Connection" }, others.map((each) => element("option", { value: each, selected: each === connection }, each)));
-  picker.addEventListener("change", () => {
-    location.hash = `#/${encodeURIComponent(picker.value)}`;
-  });
+  const picker = connectionPicker(others, connection);
   show(
     element("h1", {}, "Materialized views"),
     views.length

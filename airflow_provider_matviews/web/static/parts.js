@@ -1,7 +1,7 @@
 // What every page is made of. Text is only ever set as text.
 
 const page = document.getElementById("page");
-export const root = location.pathname.replace(/\/matviews\/.*$/, "");
+export const root = document.querySelector("meta[name=airflow-root]").content;
 
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
@@ -33,7 +33,23 @@ export async function ask(...parts) {
   if (answer.status === 401) throw new Refused("You are not logged in, or no longer. Log in to Airflow, and load this page again.");
   if (answer.status === 403) throw new Refused("You may not read this connection. Who administers this Airflow can grant it.");
   const said = await answer.json().catch(() => ({}));
+  if (Array.isArray(said.detail)) throw new Refused(`This address says something that cannot be: ${said.detail.map((each) => each.msg).join("; ")}.`);
   throw new Refused(typeof said.detail === "string" ? said.detail : `The server answered ${answer.status}.`);
+}
+
+// What others may have written into a record is not always what we write.
+export const object = (value) => (value !== null && typeof value === "object" && !Array.isArray(value) ? value : {});
+export const array = (value) => (Array.isArray(value) ? value : []);
+
+export function connectionPicker(connections, current) {
+  const known = connections.includes(current);
+  const made = element("select", { "aria-label": "Connection" },
+    known ? null : element("option", { value: "", selected: true, disabled: true }, "Connection"),
+    connections.map((each) => element("option", { value: each, selected: each === current }, each)));
+  made.addEventListener("change", () => {
+    location.hash = `#/${encodeURIComponent(made.value)}`;
+  });
+  return made;
 }
 
 export const number = (value) => (value === null || value === undefined ? "" : value.toLocaleString("en"));

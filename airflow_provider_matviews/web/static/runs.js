@@ -1,6 +1,6 @@
 // Runs: a list of them, and one with everything that is recorded of it.
 
-import { age, ask, element, encoded, facts, link, milliseconds, number, root, section, show, table, time } from "./parts.js";
+import { age, array, ask, element, encoded, facts, link, milliseconds, number, object, root, section, show, table, time } from "./parts.js";
 
 const PAGE_SIZE = 50;
 const HEADS = ["Run", "Operation", "Status", "Started", "Duration", "Strategy", "Rows", "Error"];
@@ -9,8 +9,8 @@ function row(connection, run, withView) {
   return element("tr", {},
     element("td", {}, link([connection, "runs", run.id], run.id)),
     withView ? element("td", {}, run.view) : null,
-    element("td", {}, run.operation),
-    element("td", {}, element("span", { class: `status ${run.status}` }, run.status)),
+    element("td", {}, run.operation ?? "unknown"),
+    element("td", {}, element("span", { class: `status ${run.status}` }, run.status ?? "unknown")),
     element("td", {}, time(run.started_at)),
     element("td", { class: "number" }, milliseconds(run.duration_ms)),
     element("td", {}, run.strategy ?? ""),
@@ -62,10 +62,10 @@ export async function showRuns(connection) {
   show(element("nav", { "aria-label": "Up" }, link([connection], "← All views")), element("h1", {}, "Runs"), content);
 }
 
-function steps(run) {
-  const all = run.meta.response?.steps ?? [];
+function steps(response) {
+  const all = array(response.steps).map(object);
   if (!all.length) return null;
-  const statements = run.meta.response?.sql ?? [];
+  const statements = array(response.sql);
   const longest = Math.max(...all.map((step) => step.ms ?? 0), 1);
   return section("Steps", table(["Step", "Time", "Statement"], all.map((step, index) => {
     const bar = element("span", { class: "bar" });
@@ -78,12 +78,13 @@ function steps(run) {
 }
 
 function failure(error) {
-  if (!error) return null;
+  if (error === null || error === undefined) return null;
+  if (object(error) !== error) return section("Error", element("pre", {}, typeof error === "string" ? error : JSON.stringify(error, null, 2)));
   return section("Error",
     element("p", {}, element("strong", {}, error.class ?? ""), error.sqlstate ? ` (${error.sqlstate})` : ""),
     element("pre", {}, error.message ?? ""),
     error.hint ? element("p", {}, element("strong", {}, "What to do: "), error.hint) : null,
-    error.backtrace?.length ? element("details", {}, element("summary", {}, "Backtrace"), element("pre", {}, error.backtrace.join("\n"))) : null);
+    array(error.backtrace).length ? element("details", {}, element("summary", {}, "Backtrace"), element("pre", {}, error.backtrace.join("\n"))) : null);
 }
 
 function taskLog(meta) {
@@ -96,8 +97,8 @@ function taskLog(meta) {
 
 export async function showRun(connection, id) {
   const run = await ask("connections", connection, "runs", id);
-  const { meta } = run;
-  const response = meta.response ?? {};
+  const meta = object(run.meta);
+  const response = object(meta.response);
   const known = new Set(["status", "view", "sql", "steps", "strategy", "reason", "row_count_before", "row_count_after"]);
   const rest = Object.fromEntries(Object.entries(response).filter(([name]) => !known.has(name)));
   document.title = `Run ${run.id} of ${run.view}`;
@@ -107,8 +108,8 @@ export async function showRun(connection, id) {
       run.previous_id ? link([connection, "runs", run.previous_id], `← Run ${run.previous_id}`) : null,
       run.next_id ? link([connection, "runs", run.next_id], `Run ${run.next_id} →`) : null,
       taskLog(meta)),
-    element("h1", {}, `Run ${run.id}: ${run.operation} of ${run.view}`),
-    element("p", {}, element("span", { class: `status ${run.status}` }, run.status), " ",
+    element("h1", {}, `Run ${run.id}: ${run.operation ?? "unknown operation"} of ${run.view}`),
+    element("p", {}, element("span", { class: `status ${run.status}` }, run.status ?? "unknown"), " ",
       response.reason ? element("span", { class: "muted" }, response.reason) : null),
     facts([
       ["Started", time(run.started_at)],
@@ -126,8 +127,9 @@ export async function showRun(connection, id) {
       ["Process", meta.process],
     ]),
     failure(run.error),
-    steps(run),
+    steps(response),
     section("What was asked", element("pre", {}, JSON.stringify(meta.request ?? {}, null, 2))),
     section("What else was found", element("pre", {}, JSON.stringify(rest, null, 2))),
+    meta === run.meta ? null : section("What is recorded of it", element("pre", {}, JSON.stringify(run.meta, null, 2))),
   );
 }

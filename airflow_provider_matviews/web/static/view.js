@@ -2,7 +2,7 @@
 
 import { drawHistory } from "./charts.js";
 import { drawGraph } from "./graph.js";
-import { age, ask, bytes, element, facts, link, milliseconds, number, section, show, table, time } from "./parts.js";
+import { age, ask, bytes, element, facts, link, milliseconds, number, object, section, show, table, time } from "./parts.js";
 import { runTable } from "./runs.js";
 import { highlighted } from "./sql.js";
 
@@ -15,7 +15,7 @@ function list(items) {
 function declared(definition, drift, runId, connection) {
   const parts = [];
   if (definition.sql) parts.push(element("pre", { class: "sql" }, highlighted(definition.sql)));
-  const declaration = Object.fromEntries(Object.entries(definition.declaration).filter(([name, value]) => name !== "sql" && name !== "name"
+  const declaration = Object.fromEntries(Object.entries(object(definition.declaration)).filter(([name, value]) => name !== "sql" && name !== "name"
     && value !== null && !(typeof value === "object" && Object.keys(value).length === 0)));
   if (Object.keys(declaration).length) parts.push(element("details", {}, element("summary", {}, "What else is declared"), element("pre", {}, JSON.stringify(declaration, null, 2))));
   if (!definition.managed) parts.push(element("p", { class: "muted" }, "It was never declared to this provider, or as managed by somebody else: it is refreshed, and never altered."));
