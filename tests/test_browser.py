@@ -54,7 +54,8 @@ def databases(servers: dict[int, PostgresServer]) -> Iterator[dict[str, Database
     found["some"].execute("INSERT INTO t VALUES (1001)")
     with pytest.raises(DivisionByZero):
         hook.refresh("broken")
-    hook_on(found["many"]).runs()
+    for name in ("many", "empty"):
+        hook_on(found[name]).runs()
     with found["many"].connect() as connection:
         fill(connection, runs=100_000, views=500)
     yield found
@@ -75,6 +76,8 @@ def address(databases: dict[str, Database], tmp_path_factory: pytest.TempPathFac
         }
         for name, database in databases.items()
     }
+    # Comes first, and is not there.
+    connections = {"down": {**connections["some"], "port": 1}, **connections}
     with AirflowServer(tmp_path_factory.mktemp("dags"), connections) as airflow:
         airflow.begin_migration()
         airflow.start()
@@ -165,6 +168,43 @@ def test_it_stands_in_airflows_menu_and_follows_its_theme(address: str) -> None:
         frame.get_by_label("Connection").select_option("some")
         frame.get_by_role("link", name="daily", exact=True).click()
         frame.get_by_role("heading", name="daily", exact=True).wait_for()
+
+
+def test_from_a_database_that_is_down_it_goes_on_to_the_others(address: str) -> None:
+    with _looking(address) as look:
+        for path, message, back in (
+            ("", "The database could not be read", "← All views"),
+            ("#/down/runs", "The database could not be read", "← All views"),
+            (f"#/some/runs/{2**63}", "Nothing of this name or number", "← All views"),
+            (f"#/some/views/public/{'x' * 64}", "at most 63 characters", "← All views"),
+            ("#/some%zz", "There is no such page.", "← Materialized views"),
+            ("#/a/b/c/d/e", "There is no such page.", "← Materialized views"),
+        ):
+            look.page.goto("about:blank")
+            look.open(path)
+            playwright.expect(look.page.locator(".notice")).to_contain_text(message)
+            look.page.get_by_role("link", name=back).wait_for()
+            picker = look.page.get_by_label("Connection")
+            assert picker.locator("option:enabled").all_inner_texts() == ["down", "empty", "some", "many"]
+            picker.select_option("many")
+            look.page.get_by_role("link", name="analytics.mv1", exact=True).wait_for()
+        assert [each for each in look.troubles if "Failed to load resource" not in each] == []
+
+
+def test_a_run_that_another_program_wrote_is_shown(address: str, databases: dict[str, Database]) -> None:
+    with _looking(address) as look:
+        for error, meta in (('"it broke"', "[1, 2]"), ("[1]", '{"response": {"steps": [1, {}], "sql": 7}}')):
+            run_id = databases["empty"].value(
+                "WITH view AS (INSERT INTO matviews.mat_view_definitions (name, schema_name, view_name, sql) "
+                "VALUES ('mv', 'public', 'mv', 'SELECT 1') ON CONFLICT DO NOTHING RETURNING id) "
+                "INSERT INTO matviews.mat_view_runs (mat_view_definition_id, status, operation, error, meta) "
+                "SELECT coalesce((SELECT id FROM view), (SELECT id FROM matviews.mat_view_definitions)), 3, 1, %s, %s "
+                "RETURNING id",
+                (error, meta),
+            )
+            look.open(f"#/empty/runs/{run_id}")
+            playwright.expect(look.page.locator("h1")).to_have_text(f"Run {run_id}: refresh of mv")
+        assert look.troubles == []
 
 
 def test_names_are_text_wherever_they_come_from(address: str) -> None:

@@ -157,7 +157,7 @@ def test_what_is_shown_is_text_to_the_terminal(db: Database, run: Run) -> None:
     for name in ('"a[/b]"', '"007"'):
         hook.refresh(name)
     with pytest.raises(DivisionByZero):
-        hook.create(MatViewDefinition(name="[/x]", sql="SELECT 1 / 0 AS a"))
+        hook.create(MatViewDefinition(name='"[/x]"', sql="SELECT 1 / 0 AS a"))
     db.execute('UPDATE matviews.mat_view_runs SET error = error || \'{"message": "[/x] \x1b[31m"}\' WHERE status = 3')
     said = {}
     for output in ("table", "plain"):
@@ -220,8 +220,12 @@ def test_every_alert_rule_can_be_asked_for(db: Database, run: Run) -> None:
 
     assert broken() == ["failed"]
     assert broken("--no-failed") == []
+    db.execute("REFRESH MATERIALIZED VIEW mv WITH NO DATA")
+    assert broken("--no-failed") == ["unreadable"]
+    assert broken("--no-failed", "--no-unreadable") == []
+    db.execute("REFRESH MATERIALIZED VIEW mv")
     assert broken("--consecutive-failures", "3", "--max-age", "1") == ["consecutive_failures", "failed", "late"]
-    assert set(RULES) == {each.name for each in fields(AlertRules)} - {"failed"}
+    assert set(RULES) == {each.name for each in fields(AlertRules)} - {"failed", "unreadable"}
     values = [str(2 + place) for place in range(len(RULES))]
     options = [f"--{rule.replace('_', '-')}" for rule in RULES]
     given = cli_parser.get_parser().parse_args(["matviews", "check", *chain(*zip(options, values, strict=True))])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
+from urllib.parse import quote, urlencode
 
 import pytest
 from airflow.api_fastapi.app import create_app
@@ -18,7 +20,9 @@ from httpx import Response
 from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.definition import MatViewDefinition
+from airflow_provider_matviews.links.matview import MatViewRunLink
 from airflow_provider_matviews.operators.matview import CreateMatViewOperator, RefreshMatViewOperator
+from airflow_provider_matviews.plugins.matviews import MatViewsPlugin
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.locking import lock_key
 from airflow_provider_matviews.web.settings import shown_connections
@@ -210,6 +214,89 @@ def test_runs_are_filtered_and_paged_without_gaps_or_repeats(db: Database, get: 
     assert pages(operation="drop") == []
     for query in ({"status": "odd"}, {"limit": 0}, {"limit": 501}, {"before": "x"}, {"before": "1-2-3"}):
         assert get("/api/v1/connections/views/runs", params=query).status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("views, =x", "entry 2 of it names no connection"),
+        ("=", "entry 1 of it names no connection"),
+        (f"views={'x' * 70}", "70 bytes long"),
+        ("views=a=b", "more than one ="),
+        ("views, views=other", "entry 2 of it names a connection that an entry before it names"),
+        ("..", "no address can hold"),
+    ],
+)
+def test_what_cannot_be_read_of_the_configuration_is_told_and_breaks_nothing_else(
+    get: Get, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, text: str, why: str
+) -> None:
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__CONNECTIONS", text)
+    for path in ("/api/v1/connections", "/api/v1/connections/views/runs"):
+        answer = get(path)
+        assert answer.status_code == 503
+        assert why in answer.json()["detail"]
+        assert "connections = warehouse, finance=matviews_finance" in answer.json()["detail"]
+        assert "views" not in answer.json()["detail"].replace("matviews", "")
+    assert get("/api/v1/connections/views/runs", "viewer").status_code == 403
+    assert get("/").status_code == 200
+    assert MatViewsPlugin().external_views == []
+    (record,) = caplog.records
+    assert why in record.getMessage()
+    task = SimpleNamespace(recorded_run_id=1, conn_id="views")
+    assert MatViewRunLink().get_link(cast("Any", task), ti_key=None) == ""
+
+
+def test_a_connection_with_slashes_is_one_like_others(db: Database, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = "w/runs/1:x(y)"
+    set_connection(monkeypatch, db, conn_id=odd)
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__CONNECTIONS", odd)
+    hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    prefix = f"/api/v1/connections/{quote(odd, safe='')}"
+    for path in (
+        "views",
+        "runs",
+        "runs/1",
+        "graph",
+        "staleness",
+        "view?" + urlencode(MV),
+        "view/catalog?" + urlencode(MV),
+    ):
+        assert get(f"{prefix}/{path}").status_code == 200, path
+        assert get(f"{prefix}/{path}", "user").status_code == 403, path
+    assert get("/api/v1/connections/w/runs/1").status_code == 404
+
+
+def test_what_cannot_be_is_refused_before_the_database_is_asked(db: Database, get: Get) -> None:
+    db.execute("CREATE TABLE t (a int)")
+    prefix = "/api/v1/connections/views"
+    for path in ("view", "view/catalog", "graph", "runs"):
+        for params in ({**MV, "schema_name": "a\0b"}, {**MV, "view_name": "\0"}):
+            assert get(f"{prefix}/{path}", params=params).status_code == 422, path
+    answer = get(f"{prefix}/view/catalog", params={**MV, "view_name": "t"})
+    assert (answer.status_code, answer.json()["detail"]) == (404, "What stands there is no materialized view.")
+    answer = get(f"{prefix}/runs/{2**63}")
+    assert (answer.status_code, type(answer.json()["detail"])) == (404, str)
+
+
+def test_a_run_that_another_program_wrote_is_shown_as_it_is(db: Database, get: Get) -> None:
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
+    for status, error, meta in ((3, '"it broke"', "[1, 2]"), (3, "[]", '"text"'), (2, "null", '{"response": []}')):
+        run_id = db.value(
+            "INSERT INTO matviews.mat_view_runs (mat_view_definition_id, status, operation, error, meta) "
+            "SELECT id, %s, 1, %s::jsonb, %s::jsonb FROM matviews.mat_view_definitions RETURNING id",
+            (status, error, meta),
+        )
+        shown = get(f"/api/v1/connections/views/runs/{run_id}").json()
+        assert (shown["error"], shown["meta"]) == (json.loads(error), json.loads(meta))
+    assert len(get("/api/v1/connections/views/runs").json()["runs"]) == 4
+    (view,) = get("/api/v1/connections/views/views").json()["views"]
+    assert view["view"] == "mv"
+
+
+def test_the_page_is_told_where_airflow_begins(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRFLOW__API__BASE_URL", 'https://airflow.example/a/matviews/"<b>/')
+    assert 'content="/a/matviews/&quot;&lt;b&gt;"' in get("/").text
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "x", "99999999999999999999", "1;drop"])

@@ -289,7 +289,7 @@ def check_command(args: Namespace) -> int:
     hook = _hook(args)
     # Named as the rules are; what was not given is as the rules have it.
     rules = {name: value for name in RULES if (value := getattr(args, name)) is not None}
-    found = hook.check(args.views, exclude=args.exclude, failed=args.failed, **rules)
+    found = hook.check(args.views, exclude=args.exclude, failed=args.failed, unreadable=args.unreadable, **rules)
     story().info("%s", found.story())
     breaches = found.as_dict(hook.redact)["breaches"]
     if breaches or args.output in ("json", "yaml"):

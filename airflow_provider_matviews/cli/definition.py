@@ -172,6 +172,12 @@ def get_matviews_commands() -> list[CLICommand]:
                         action="store_false",
                         help="not those whose latest run failed",
                     ),
+                    Arg(
+                        ("--no-unreadable",),
+                        dest="unreadable",
+                        action="store_false",
+                        help="not those that are gone, or hold no data",
+                    ),
                     Arg(("--consecutive-failures",), type=_whole(_MOST_SAMPLES), help="that so many failed in a row"),
                     Arg(
                         ("--max-age",),

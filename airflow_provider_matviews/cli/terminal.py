@@ -101,10 +101,10 @@ def stopped_by_sigterm() -> Iterator[None]:
     def interrupt(_: int, frame: FrameType | None) -> None:
         # asyncio puts one of its own there while it runs; and it is ignored in what a shell runs in the background.
         on_ctrl_c = signal.getsignal(signal.SIGINT)
-        if callable(on_ctrl_c):
+        if callable(on_ctrl_c) and on_ctrl_c is not signal.default_int_handler:
             on_ctrl_c(signal.SIGINT, frame)
         else:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -297,11 +297,11 @@ def _explain(tracking_schema: str, error: psycopg.Error) -> Work[MissingPrivileg
     if row["exists"]:
         return MissingPrivilege(
             f"The role {role} may not use the run tables in schema {schema} of database {database}: "
-            f"{error.diag.message_primary}.",
+            f"{error.diag.message_primary}. (To look only, USAGE on the schema and SELECT are enough.)",
             hint=(
                 f"as the schema's owner, run: GRANT USAGE, CREATE ON SCHEMA {schema} TO {role}; "
                 f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}; "
-                "or choose another schema with tracking_schema=... To look only, USAGE and SELECT are enough."
+                "or choose another schema with tracking_schema=..."
             ),
         )
     return MissingPrivilege(
