@@ -111,7 +111,9 @@ class VerificationRun:
         definitions: Sequence[MatViewDefinition],
     ) -> list[Subject]:
         definitions = as_tuple(definitions, "definitions", (MatViewDefinition,))
-        selection = Selection((*views, *(str(each.view) for each in definitions)), schemas, exclude)
+        selection = Selection(
+            (*as_tuple(views, "views", (str,)), *(str(each.view) for each in definitions)), schemas, exclude
+        )
 
         def muster() -> Work[Fleet]:
             return fleets.muster(_Unread("matviews"), selection, Sparing(), self._terms(), dry_run=True)
@@ -148,6 +150,9 @@ class VerificationRun:
         if isinstance(error, OperationCancelled) and not isinstance(error, OperationTimedOut):
             raise error
         primary = error.diag.message_primary if isinstance(error, psycopg.Error) else None
+        if primary is not None and isinstance(error, psycopg.Error) and not self._scope.examples:
+            # It may hold values: invalid input syntax for type integer: "...".
+            primary = f"PostgreSQL: {type(error).__name__} (SQLSTATE {error.sqlstate}); examples=0 keeps its words back"
         message = error.message if isinstance(error, MatViewError) else primary or str(error) or type(error).__name__
         return "\n".join([message, *getattr(error, "__notes__", ()), *_hint(error)])
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from airflow.providers.common.compat.sdk import AirflowSkipException, conf
 
+from airflow_provider_matviews.checks import as_tuple, check_text
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition, VerificationFailed
 from airflow_provider_matviews.hooks.verify import VerificationRun
@@ -133,17 +135,16 @@ class VerifyMatViewOperator(Deferral, HookOperator):
         :raises VerificationFailed: when a verdict is among ``fail_on``, or a view could not be verified.
         :raises MatViewError: another one of ``exceptions.py``, when it cannot be done as asked.
         """
-        arguments = self._arguments()
-        definitions = self._definitions()
         with self._working(context) as hook:
+            arguments = self._arguments()
+            definitions = self._definitions()
             # Refused before anything is touched, and before the triggerer has it.
             check_fail_on(self.fail_on)
             names = [*arguments["views"], *(str(each.view) for each in definitions)]
             Selection(names, arguments["schemas"], arguments["exclude"])
             manners = {name: value for name, value in arguments.items() if name not in ("views", "schemas", "exclude")}
             VerificationRun(hook, **manners)
-            if self.csv_path is not None and not self.timing_rounds:
-                raise InvalidDefinition("csv_path is for timings: it goes with timing_rounds=3, say.")
+            self._check_csv_path()
             if self.deferrable:
                 deferred = {**arguments, "definitions": [each.to_dict() for each in definitions]}
                 self._defer_to(context, "verify_many", None, deferred, Timeouts())
@@ -171,6 +172,8 @@ class VerifyMatViewOperator(Deferral, HookOperator):
         if not summary["views"]:
             raise AirflowSkipException("There was no view to be verified: the patterns mean none.")
         if self.csv_path is not None:
+            # Whatever becomes of the file.
+            context["ti"].xcom_push(key="return_value", value=summary)
             Path(self.csv_path).write_text(timings_csv(summary["timings"]), encoding="utf-8", newline="")
             self.log.info("Timings written to %s.", self.csv_path)
         failing = {*check_fail_on(self.fail_on), Verdict.FAILED}
@@ -197,6 +200,18 @@ class VerifyMatViewOperator(Deferral, HookOperator):
             hint="see the table and the examples in the log. fail_on says which verdicts fail the task.",
         )
 
+    def _check_csv_path(self) -> None:
+        if self.csv_path is None:
+            return
+        if not self.timing_rounds:
+            raise InvalidDefinition("csv_path is for timings: it goes with timing_rounds=3, say.")
+        check_text(self.csv_path, "csv_path")
+        path = Path(self.csv_path)
+        if not path.parent.is_dir():
+            raise InvalidDefinition(f"csv_path={self.csv_path!r}: there is no folder {path.parent} on this worker.")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidDefinition(f"csv_path={self.csv_path!r} cannot be written on this worker.")
+
     def _definitions(self) -> list[MatViewDefinition]:
         if self.definition is None:
             return []
@@ -208,9 +223,9 @@ class VerifyMatViewOperator(Deferral, HookOperator):
 
     def _arguments(self) -> dict[str, Any]:
         return {
-            "views": [*([] if self.view is None else [self.view]), *self.views],
-            "schemas": list(self.schemas),
-            "exclude": list(self.exclude),
+            "views": [*([] if self.view is None else [self.view]), *as_tuple(self.views, "views", (str,))],
+            "schemas": list(as_tuple(self.schemas, "schemas", (str,))),
+            "exclude": list(as_tuple(self.exclude, "exclude", (str,))),
             "mode": self.mode,
             "sample": self.sample,
             "seed": int(self.seed) if isinstance(self.seed, str) and self.seed.isdecimal() else self.seed,

@@ -97,7 +97,6 @@ _UNREADABLE = sql.SQL(
     """
 )
 
-# What may give another result on the very same rows, by the order in which they come.
 _WAITS = sql.SQL(
     """
     SELECT EXISTS (SELECT FROM pg_catalog.pg_locks WHERE pid = {pid}) AS present,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import psycopg
@@ -19,10 +20,19 @@ from airflow_provider_matviews.exceptions import MissingPrivilege, UnsupportedSe
 from airflow_provider_matviews.services import staleness
 from airflow_provider_matviews.services.advice import advise
 from airflow_provider_matviews.services.catalog import ResolvedName
-from airflow_provider_matviews.services.comparison import Differences, read_differences
+from airflow_provider_matviews.services.comparison import Differences, one_line, read_differences
 from airflow_provider_matviews.services.graph import WALK
-from airflow_provider_matviews.services.instructions import Command, Note, Pause, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.instructions import (
+    Command,
+    Note,
+    Pause,
+    Session,
+    Work,
+    fetch_all,
+    fetch_one,
+)
 from airflow_provider_matviews.services.ledger import Ledger
+from airflow_provider_matviews.services.picture import restore_settings
 from airflow_provider_matviews.services.plan_steps import Plan, StepKind
 from airflow_provider_matviews.services.run import Subject, Terms
 from airflow_provider_matviews.services.standstill import OpenedView, Opening, roll_back
@@ -33,6 +43,24 @@ SETTLING = 11.0
 #: A view up to this size is sampled row by row, which reads all of it; a larger one by pages.
 _SMALL = 1024**3
 
+#: Under these a key's text is read back as the same value.
+_FAITHFUL = {
+    "datestyle": "ISO, YMD",
+    "intervalstyle": "postgres",
+    "extra_float_digits": "3",
+    "bytea_output": "hex",
+}
+
+# Types of which two values can be equal and be shown differently: 1.0 and 1.00, 0 and -0, '1 mon' and '30 days', 'a'
+# and 'a ' of char. Of arrays, ranges and rows the stored query does not say of what. (time with time zone is not among
+# them: 12:00+00 and 13:00+01 are not equal, measured.)
+_MANY_FACED = sql.SQL(
+    "'{numeric,float4,float8,interval,bpchar,jsonb,anyarray,anyelement,record,anyrange,anymultirange}'::regtype[]::oid[]"
+)
+# A name's spaces and parentheses are escaped in a stored query's text, so that none can pass for one of these.
+_CLAUSES = sql.SQL("':(?:groupClause|distinctClause|groupClauses|partitionClause|aggdistinct) \\(([^()]*)\\)'")
+# What may give another result on the very same rows, by the order in which they come: by function and operator, as the
+# stored query has them.
 _LOOSE = sql.SQL(
     """
     WITH RECURSIVE roots AS (SELECT {oid}::oid AS oid), {walk}, texts AS (
@@ -54,7 +82,38 @@ _LOOSE = sql.SQL(
     WHERE p.oid >= 16384
        OR p.proname ~ '^(array_agg|string_agg|xmlagg|any_value|mode|jsonb?_(object_)?agg(_unique)?(_strict)?)$'
        OR m[1] = 'winfnoid' AND p.proname !~ '^(rank|dense_rank|percent_rank|cume_dist)$'
+       OR p.prokind = 'a' AND p.proname <> 'regr_count'
+          AND p.proargtypes::oid[] && '{{float4,float8}}'::regtype[]::oid[]
+       OR p.proname ~ '^(min|max|range_agg|range_intersect_agg)$' AND p.proargtypes::oid[] && {many_faced}
+    UNION
+    SELECT 'has GROUP BY, DISTINCT, PARTITION BY or a set operation over ' || format_type(o.oprleft, NULL)
+           || ', equal values of which may be shown differently'
+    FROM texts CROSS JOIN LATERAL regexp_matches(tree, {clauses}, 'g') c
+    CROSS JOIN LATERAL regexp_matches(c[1], ':eqop ([1-9][0-9]*)', 'g') m
+    JOIN pg_catalog.pg_operator o ON o.oid = m[1]::oid
+    -- Of people's own types, who knows: citext is one.
+    WHERE o.oprleft >= 16384 OR o.oprleft = ANY ({many_faced})
+    UNION
+    SELECT format('compares by the collation %I, by which equal values may be shown differently', l.collname)
+    FROM texts CROSS JOIN LATERAL regexp_matches(tree, ':[a-z]*coll(?:id|Oid) ([1-9][0-9]*)', 'g') m
+    JOIN pg_catalog.pg_collation l ON l.oid = m[1]::oid AND NOT l.collisdeterministic
+    WHERE tree ~ {clauses} OR tree ~ ':aggfnoid '
     ORDER BY 1
+    """
+)
+
+# Who has worked without a rest since before a moment: the counters of a session are sent when it rests. Of others'
+# sessions a role without pg_read_all_stats sees no more than that they are in a transaction.
+_AT_WORK = sql.SQL(
+    """
+    SELECT a.pid, a.usename::text AS name, to_char(least(a.xact_start, a.query_start), 'HH24:MI:SS TZ') AS since
+    FROM pg_catalog.pg_stat_activity a
+    WHERE a.datname = current_database() AND a.pid <> pg_backend_pid()
+      AND coalesce(a.backend_type, '') NOT IN ('autovacuum worker', 'parallel worker', 'walsender')
+      AND CASE WHEN coalesce(a.state, 'disabled') = 'disabled'
+               THEN EXISTS (SELECT FROM pg_catalog.pg_locks l WHERE l.locktype = 'virtualxid' AND l.pid = a.pid)
+               ELSE a.state <> 'idle' AND least(a.xact_start, a.query_start) < {before} END
+    ORDER BY least(a.xact_start, a.query_start), a.pid LIMIT 1
     """
 )
 
@@ -135,11 +194,11 @@ def _verify(opening: Opening, scope: Scope) -> Work[Verification]:
     )
     found = Verification(opened.view.display, Verdict.EQUAL, "", scope.mode, role=opened.role)
     opening.step = "comparing its rows with those of its query"
-    rounding = False
+    rounding, lost = False, 0
     if scope.mode is VerifyMode.CHECKSUM:
         found, differs = yield from _checksum(opened, found)
     else:
-        differences, what = yield from _compare(opened, scope)
+        differences, what, lost = yield from _compare(opened, scope)
         differs, rounding = bool(differences.missing or differences.surplus), differences.rounding
         found = replace(
             found,
@@ -151,9 +210,20 @@ def _verify(opening: Opening, scope: Scope) -> Work[Verification]:
             changed=differences.changed if differs else 0,
             examples=differences.examples,
         )
-    loose = (yield from fetch_all(_LOOSE.format(oid=sql.Literal(opened.facts.oid), walk=WALK))) if differs else []
+    loose = []
+    if differs:
+        statement = _LOOSE.format(
+            oid=sql.Literal(opened.facts.oid), walk=WALK, many_faced=_MANY_FACED, clauses=_CLAUSES
+        )
+        loose = yield from fetch_all(statement)
     yield Command(sql.SQL("COMMIT"))
     standing = opened.standing
+    if lost and not differs:
+        reason = (
+            f"{found.reason}, but {lost:,} of those sampled were not found again by their key, and so not compared: "
+            "its unique index may be damaged (REINDEX), or its key not be read back as it is shown (mode='exact')"
+        )
+        return replace(found, verdict=Verdict.DIFFERS, stale=standing.changed, reason=reason)
     if not differs:
         if standing.changed:
             found = replace(found, reason=f"{found.reason}, though {standing.reason} since its last refresh")
@@ -170,20 +240,23 @@ def _verify(opening: Opening, scope: Scope) -> Work[Verification]:
     return replace(found, verdict=verdict, stale=stale, reason=f"{found.reason}: {why}" if found.reason else why)
 
 
-def _compare(opened: OpenedView, scope: Scope) -> Work[tuple[Differences, str]]:
+def _compare(opened: OpenedView, scope: Scope) -> Work[tuple[Differences, str, int]]:
+    """Return what differs, the same in words, and how many rows were sampled and not compared."""
     sides, condition = opened.sides, None
-    of_all = ""
+    of_all, wanted = "", 0
     if scope.mode is VerifyMode.SAMPLED:
         sampled = yield from _sample(opened, scope)
         if not sampled:
             rows = [{"r": None, "n": None, "missing": 0, "surplus": 0, "view_rows": 0}]
-            return read_differences(sides, rows, 0), "no row of it was sampled, for it has none"
-        condition = sides.among(sampled)
+            return read_differences(sides, rows, 0), "no row of it was sampled, for it has none", 0
+        wanted = len(sampled)
+        condition = sides.among(sampled, (yield from _keys(opened, sampled)))
         of_all = " of those sampled"
     rows = yield from fetch_all(sides.differences(condition))
     found = read_differences(sides, rows, scope.examples)
+    lost = max(0, wanted - found.view_rows)
     if not found.missing and not found.surplus:
-        return found, f"the same {_rows(found.view_rows)}{of_all}"
+        return found, f"the same {_rows(found.view_rows)}{of_all}", lost
     changed = found.changed or 0
     told = [
         f"{number:,} {what}"
@@ -194,7 +267,27 @@ def _compare(opened: OpenedView, scope: Scope) -> Work[tuple[Differences, str]]:
         )
         if number
     ]
-    return found, f"{', '.join(told)} of {_rows(found.view_rows)}{of_all}"
+    return found, f"{', '.join(told)} of {_rows(found.view_rows)}{of_all}", lost
+
+
+def _keys(opened: OpenedView, sampled: list[dict[str, Any]]) -> Work[list[str]]:
+    """Return the keys of the sampled rows, so that they can be read back whatever the settings of the session."""
+    places = [row["at"] for row in sampled if row["r"] is not None]
+    if not places:
+        return []
+    former = yield from fetch_one(
+        sql.SQL("SELECT {}").format(
+            sql.SQL(", ").join(
+                sql.SQL("current_setting({}) AS {}").format(sql.Literal(name), sql.Identifier(name))
+                for name in _FAITHFUL
+            )
+        )
+    )
+    assert former is not None
+    yield from restore_settings(_FAITHFUL)
+    rows = yield from fetch_all(opened.sides.keys_at(places))
+    yield from restore_settings(former)
+    return [row["r"] for row in rows]
 
 
 def _sample(opened: OpenedView, scope: Scope) -> Work[list[dict[str, Any]]]:
@@ -214,7 +307,7 @@ def _sample(opened: OpenedView, scope: Scope) -> Work[list[dict[str, Any]]]:
     how = (
         "by their key" if opened.sides.key else "by themselves, for which the whole query runs: it has no unique index"
     )
-    yield Note(f"Sampled {_rows(len(sampled))} ({how}). Rows that it lacks altogether are not found that way.")
+    yield Note(f"Sampled {_rows(len(sampled))} ({how}).")
     return sampled
 
 
@@ -235,6 +328,16 @@ def _judge(opened: OpenedView, loose: list[str]) -> Work[tuple[Verdict, bool | N
         return Verdict.STALE, True, f"{standing.reason} since its last refresh, and a refresh mends it"
     if standing.changed is None:
         return Verdict.DIFFERS, None, f"whether it is older than what it reads cannot be told: {standing.reason}"
+    yield Note(f"It differs though no change is counted yet; looking again in {SETTLING:g} s.")
+    yield Pause(SETTLING)
+    assert standing.look is not None
+    # Before the look: who rests now has sent its counters.
+    at_work = yield from fetch_all(
+        _AT_WORK.format(before=sql.Literal(standing.look.at + timedelta(seconds=SETTLING))), session=Session.RECORD
+    )
+    later = (yield from staleness.look_at([opened.view])).get(opened.view)
+    if not standing.still(later):
+        return Verdict.STALE, True, "what it reads was being changed meanwhile, and a refresh mends it"
     if loose:
         more = f" (and {len(loose) - 1} more)" if len(loose) > 1 else ""
         return (
@@ -243,14 +346,14 @@ def _judge(opened: OpenedView, loose: list[str]) -> Work[tuple[Verdict, bool | N
             f"nothing that it reads has changed, but its query {loose[0]}{more}, and may give another result by the "
             "order in which rows come",
         )
-    yield Note(
-        f"{opened.view.display} differs though nothing that it reads seems to have changed. Looking again in "
-        f"{SETTLING:g} s, when even the latest change must have been counted."
-    )
-    yield Pause(SETTLING)
-    later = (yield from staleness.look_at([opened.view])).get(opened.view)
-    if not standing.still(later):
-        return Verdict.STALE, True, "what it reads was being changed meanwhile, and a refresh mends it"
+    for each in at_work:
+        since = f"at work since {each['since']}" if each["since"] else "in a transaction"
+        return (
+            Verdict.DIFFERS,
+            None,
+            f"no change of what it reads is counted, but session {each['pid']} of {one_line(str(each['name']))} has "
+            f"been {since}, and what it has committed may not be counted yet",
+        )
     return (
         Verdict.CORRUPT,
         False,
