@@ -167,15 +167,10 @@ def _column_facet(lineage: ViewLineage, namespace: str, database: str) -> dict[s
     def field(relation: Relation, column: str) -> Any:
         return InputField(namespace=namespace, name=_dataset(database, relation.schema, relation.name), field=column)
 
-    direct = {each for sources in columns.values() for each in sources}
-    # Read, but in no column's value: conditions, joins, groups.
-    elsewhere = [
-        field(relation, column)
-        for relation in lineage.inputs
-        for column in relation.referred
-        if (relation, column) not in direct
-    ]
     told = {
-        name: Fields(inputFields=[field(*each) for each in sources]) for name, sources in columns.items() if sources
+        name: Fields(inputFields=[field(*each) for each in sources])
+        for name, sources in columns.made_of.items()
+        if sources
     }
+    elsewhere = [field(*each) for each in columns.elsewhere]
     return {"columnLineage": ColumnLineageDatasetFacet(fields=told, dataset=elsewhere)}

@@ -10,6 +10,8 @@ from typing import Any
 from airflow_provider_matviews.checks import as_seconds, set_on
 from airflow_provider_matviews.exceptions import InvalidDefinition
 
+#: What a prune means unless it is told which views: every one that is on record.
+EVERY_VIEW = ("*.*",)
 #: More than any history has, and what every integer of the server holds.
 _MOST = 1_000_000_000
 #: Dates before year 4713 BC are none to PostgreSQL (https://www.postgresql.org/docs/current/datatype-datetime.html).

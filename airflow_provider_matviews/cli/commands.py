@@ -228,7 +228,7 @@ def refresh_command(args: Namespace) -> int:
         "dry_run": args.dry_run,
         **_manners(args),
     }
-    if len(args.views) == 1 and not args.exclude and not set("*?[") & set(args.views[0]):
+    if len(args.views) == 1 and not args.exclude and ('"' in args.views[0] or not set("*?[") & set(args.views[0])):
         with working(hook, args.views[0]):
             response = hook.refresh(args.views[0], **arguments)
         _show(args, [_outcome(response)])
@@ -369,7 +369,7 @@ def graph_command(args: Namespace) -> int:
     """Show which views read which."""
     graph = _hook(args).graph()
     if args.mermaid:
-        sys.stdout.write(graph.mermaid())
+        sys.stdout.write(visible(graph.mermaid()))
         return 0
     levels = {view: level for level, views in enumerate(graph.levels) for view in views}
     _show(

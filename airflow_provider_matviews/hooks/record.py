@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.names import ViewName, check_identifier
-from airflow_provider_matviews.retention import RetentionPolicy
+from airflow_provider_matviews.retention import EVERY_VIEW, RetentionPolicy
 from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_views
@@ -166,7 +166,7 @@ class RecordHook(ServerHook):
         self,
         policy: RetentionPolicy | None = None,
         *,
-        views: Sequence[str] = (),
+        views: Sequence[str] = EVERY_VIEW,
         schemas: Sequence[str] = (),
         exclude: Sequence[str] = (),
         dry_run: bool = False,
@@ -182,27 +182,30 @@ class RecordHook(ServerHook):
 
         :param policy: what is kept; None for what ``limits`` say.
         :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``, of
-            views on record, whether they stand or were dropped; together with ``schemas`` none for all. What a view's
+            views on record, whether they stand or were dropped. All of them unless this or ``schemas`` is given; an
+            empty list of both is refused, so that what came out empty does not mean everybody. What a view's
             definition declares itself goes before ``policy`` and ``limits``.
-        :param schemas: exact names of schemas, all views of which are meant.
+        :param schemas: exact names of schemas, all views of which are meant; without ``views``, these alone.
         :param exclude: names and patterns of views that are not meant after all.
         :param dry_run: only count what would go.
         :param batch_size: runs that one transaction deletes at the most.
         :param pause: seconds between two of them.
-        :param vacuum: VACUUM the run table after something was deleted, which only its owner may
-            (https://www.postgresql.org/docs/current/sql-vacuum.html); without it autovacuum does.
+        :param vacuum: VACUUM the run table after something was deleted, which its owner may, the database's, and from
+            PostgreSQL 17 on who has MAINTAIN (https://www.postgresql.org/docs/current/sql-vacuum.html); a warning says
+            where it was passed over. Without it autovacuum does.
         :param limits: the arguments of :class:`RetentionPolicy`; ``keep_successes`` is 500 unless it is given, None for
             all.
         :raises InvalidDefinition: when an argument cannot be what it should be.
         :raises ViewNotFound: when a name is of a view that is not on record.
         :raises MissingPrivilege: when the role may not use the run tables; the hint is the GRANT.
+        :raises MatViewError: when somebody keeps a lock on the run table, four attempts of 1 s; it says who.
         :raises OperationCancelled: when it was stopped by :meth:`cancel`; what was deleted until then stays deleted.
         """
         if policy is not None and limits:
             raise InvalidDefinition(f"Give either a policy or {', '.join(sorted(limits))}, not both.")
         pruning = Pruning(
             RetentionPolicy.of({"keep_successes": 500, **limits} if policy is None else policy),
-            Selection(views if views or schemas else ["*.*"], schemas, exclude),
+            Selection(() if views is EVERY_VIEW and schemas != () else views, schemas, exclude),
             dry_run,
             batch_size,
             pause,

@@ -7,7 +7,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from airflow_provider_matviews.operators.base import HookOperator
-from airflow_provider_matviews.retention import RetentionPolicy
+from airflow_provider_matviews.retention import EVERY_VIEW, RetentionPolicy
 
 if TYPE_CHECKING:
     from airflow.providers.common.compat.sdk import Context
@@ -24,8 +24,9 @@ class PruneMatViewRunsOperator(HookOperator):
     are marked as failed first, and the change log is pruned too.
 
     :param views: names as one would type them, or patterns with ``*``, ``?`` and ``[...]`` over ``schema.name``, of
-        views on record, whether they stand or were dropped; together with ``schemas`` none for all. (templated)
-    :param schemas: exact names of schemas, all views of which are meant. (templated)
+        views on record, whether they stand or were dropped. All of them unless this or ``schemas`` is given; what is
+        given and comes out empty is refused. (templated)
+    :param schemas: exact names of schemas, all views of which are meant; without ``views``, these alone. (templated)
     :param exclude: names and patterns of views that are not meant after all. (templated)
     :param keep_successes: how many of the last successes stay; None for all.
     :param keep_failures: how many of the last failures stay; None for all.
@@ -33,8 +34,8 @@ class PruneMatViewRunsOperator(HookOperator):
     :param max_age: seconds, or a timedelta, after which a run goes whatever its number; None for never.
     :param batch_size: runs that one transaction deletes at the most.
     :param pause: seconds between two of them.
-    :param vacuum: VACUUM the run table after something was deleted, which only its owner may; without it autovacuum
-        does.
+    :param vacuum: VACUUM the run table after something was deleted, which its owner may, the database's, and from
+        PostgreSQL 17 on who has MAINTAIN; a warning says where it was passed over. Without it autovacuum does.
     :param dry_run: only count what would go: nothing is deleted, and nothing is marked.
     :param conn_id: the PostgreSQL connection. (templated)
     :param tracking_schema: the schema of the run tables. (templated)
@@ -45,7 +46,7 @@ class PruneMatViewRunsOperator(HookOperator):
     def __init__(
         self,
         *,
-        views: Sequence[str] = (),
+        views: Sequence[str] = EVERY_VIEW,
         schemas: Sequence[str] = (),
         exclude: Sequence[str] = (),
         keep_successes: int | None = 500,
@@ -62,6 +63,8 @@ class PruneMatViewRunsOperator(HookOperator):
         self.views = views
         self.schemas = schemas
         self.exclude = exclude
+        # Asked here: a template that is rendered empty must not come to mean every view.
+        self._schemas_alone = views is EVERY_VIEW and schemas != ()
         self.keep_successes = keep_successes
         self.keep_failures = keep_failures
         self.keep_skipped = keep_skipped
@@ -78,6 +81,7 @@ class PruneMatViewRunsOperator(HookOperator):
         :raises InvalidDefinition: when an argument cannot be what it should be.
         :raises ViewNotFound: when a name is of a view that is not on record.
         :raises MissingPrivilege: when the role may not use the run tables.
+        :raises MatViewError: when somebody keeps a lock on the run table; it says who.
         """
         policy = RetentionPolicy(
             keep_successes=self.keep_successes,
@@ -88,7 +92,7 @@ class PruneMatViewRunsOperator(HookOperator):
         with self._working(context) as hook:
             result = hook.prune(
                 policy,
-                views=self.views,
+                views=() if self._schemas_alone else self.views,
                 schemas=self.schemas,
                 exclude=self.exclude,
                 dry_run=self.is_dry_run,

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlglot import exp, parse_one
 from sqlglot.lineage import lineage as sources_of
+from sqlglot.optimizer.pushdown_projections import pushdown_projections
 from sqlglot.optimizer.qualify import qualify
-from sqlglot.optimizer.scope import build_scope
+from sqlglot.optimizer.scope import build_scope, traverse_scope
 from sqlglot.schema import MappingSchema
 
 from airflow_provider_matviews.services.lineage import Relation, ViewLineage
@@ -30,8 +32,21 @@ _MOST_TABLES = 200
 _MOST_STEPS = 3000
 
 
-def columns_of(lineage: ViewLineage) -> dict[str, list[tuple[Relation, str]]] | None:
-    """Return, of each column of a view, which columns of its inputs its value is made of; None where that is not sure.
+@dataclass(frozen=True)
+class ColumnLineage:
+    """What a view's columns come of.
+
+    :ivar made_of: of each column, which columns of the view's inputs its value is made of.
+    :ivar elsewhere: the columns that are in no column's value and decide about its rows all the same: in conditions,
+        joins, groups.
+    """
+
+    made_of: dict[str, list[tuple[Relation, str]]]
+    elsewhere: list[tuple[Relation, str]]
+
+
+def columns_of(lineage: ViewLineage) -> ColumnLineage | None:
+    """Return which columns of its inputs a view's columns come of; None where that is not sure.
 
     Not sure is what cannot be parsed, and what does not agree with the catalog: a column found that the catalog does
     not say is read, or one of the view that is not found.
@@ -42,12 +57,44 @@ def columns_of(lineage: ViewLineage) -> dict[str, list[tuple[Relation, str]]] | 
         # Whatever a parser makes of what it does not know.
         _log.debug("No lineage of the columns of %s: %s", lineage.view.name, type(error).__name__)
         return None
-    if found is None or any(column not in relation.referred for each in found.values() for relation, column in each):
+    if found is None:
         return None
+    made_of, query = found
+    direct = {each for sources in made_of.values() for each in sources}
+    if any(column not in relation.referred for relation, column in direct):
+        return None
+    read = [(relation, column) for relation in lineage.inputs for column in relation.referred]
+    if any(relation.plain_view for relation in lineage.reads):
+        # The catalog tells also of what a plain view selects and nobody takes from it.
+        used = _used(query)
+        read = [(relation, column) for relation, column in read if (relation.schema, relation.name, column) in used]
+    return ColumnLineage(made_of, [each for each in read if each not in direct])
+
+
+def _used(query: Any) -> set[tuple[str, str, str]]:
+    """Return the columns of tables, with schema and table, that a query still reads without what nobody takes of it.
+
+    :param query: qualified; nothing of what is in it stays as it was.
+    """
+    try:
+        scopes = traverse_scope(pushdown_projections(query))
+    except Exception as error:
+        _log.debug("No lineage of conditions: %s", type(error).__name__)
+        return set()
+    found = set()
+    for scope in scopes:
+        for column in scope.columns:
+            # A subquery reads columns of what is around it, too.
+            at: Any = scope
+            while at is not None and column.table not in at.sources:
+                at = at.parent
+            table = None if at is None else at.sources[column.table]
+            if isinstance(table, exp.Table):
+                found.add((table.db, table.name, column.name))
     return found
 
 
-def _columns_of(lineage: ViewLineage) -> dict[str, list[tuple[Relation, str]]] | None:
+def _columns_of(lineage: ViewLineage) -> tuple[dict[str, list[tuple[Relation, str]]], Any] | None:
     if lineage.view.query is None:
         return None
     relations = {(relation.schema, relation.name): relation for relation in lineage.reads}
@@ -77,7 +124,7 @@ def _columns_of(lineage: ViewLineage) -> dict[str, list[tuple[Relation, str]]] |
                 if read != "*":
                     sources.add((relations[node.source.db, node.source.name], read))
         found[name] = sorted(sources, key=lambda each: (each[0].schema, each[0].name, each[1]))
-    return found
+    return found, query
 
 
 def _expanded(text: str, relations: Mapping[tuple[str, str], Relation], most: int, done: dict[Relation, Any]) -> Any:

@@ -166,6 +166,7 @@ CREATE TABLE {schema}.mat_view_changes (
         sql.SQL("""
 CREATE TABLE {schema}.mat_view_retention (
     only_row boolean PRIMARY KEY DEFAULT true CHECK (only_row),
+    server text NOT NULL,
     filenode bigint NOT NULL,
     deletions bigint NOT NULL,
     counted_at timestamptz NOT NULL,
@@ -180,7 +181,7 @@ CREATE TABLE {schema}.mat_view_retention (
 )"""),
         sql.SQL(
             "COMMENT ON TABLE {schema}.mat_view_retention IS 'How many runs of each kind the last prune left, up to "
-            "which one. Believed only while nobody else has deleted any; may be emptied at any time.'"
+            "which one. Believed for a day, while nobody else has deleted any; may be emptied at any time.'"
         ),
     ),
 }

@@ -8,19 +8,21 @@ To know how many runs are too many one has to know how many there are, and an in
 costs 70 ms for a million (measured), much more than it takes to delete a few. So a prune leaves behind how many it left
 of each kind, up to which run (``mat_view_retention``), and the next one counts only what has come since, and finds the
 cut from the old end: what it costs follows what came and what goes. That is believed only while the server's own
-counter says that nobody else has deleted a run since, the table is the same file, and of each kind the oldest run is
-the one that was left as such; else, and once a week, all is counted again. What this cannot see: a run that was written
-with an older date makes it keep one more until then; and what others have deleted from the middle a few seconds ago,
-which the counter may not tell before 10 s have passed, counts as kept, this once.
+counter says that nobody else has deleted a run since, that counter has not begun anew, the table is the same file,
+every view that was counted is still on record, and of each kind the oldest run is the one that was left as such; and a
+few kinds, by chance, are counted all the same before anything of them goes. Else, and after two days, all is counted again.
+What the counter cannot tell is in docs/retention.md.
 
-Rows that somebody has locked are passed over, and nothing is waited for; each batch is a transaction of its own.
+Rows that somebody has locked are passed over, and a lock on the table is waited for briefly; each batch is a
+transaction of its own.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -47,13 +49,13 @@ from airflow_provider_matviews.services.instructions import (
     Deadline,
     Note,
     Pause,
-    Query,
     Session,
     Work,
     fetch_all,
     fetch_one,
 )
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
+from airflow_provider_matviews.services.locking import describe_blocker
 from airflow_provider_matviews.services.maintenance import maintenance
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.reap import reap_runs
@@ -64,8 +66,17 @@ RETAINED_AT_ONCE = 1000
 #: Views that are looked at by one statement, so that it is a short one.
 _LOOKED_AT = 250
 _NEWS_EVERY = 10.0
-#: How long it is believed what was counted once.
-_BELIEVED = timedelta(days=7)
+#: How long it is believed what was counted once: a prune every night counts all every other time.
+_BELIEVED = timedelta(days=2)
+#: Kinds that a prune counts all the same, and up to how many runs of each: a count of so many takes 7 ms.
+_CHECKED, _CHECKED_RUNS = 3, 100_000
+#: How long a statement may stand before a lock on the table, since others queue behind it, and the pauses in between.
+_LOCK_TIMEOUT = "1s"
+_LOCK_PAUSES = (1.0, 2.0, 4.0)
+#: Runs of a kind that something else references, after which a prune leaves the others of it.
+_MOST_REFERENCED = 100
+#: Seconds between the looks whether VACUUM has been there: before PostgreSQL 15 the counters show it a while after.
+_VACUUM_LOOKS = (0.0, 0.1, 0.6, 0.6)
 #: Lines of the table in the log, and kinds that XCom is told of.
 _MOST_LINES, _MOST_TOLD = 20, 1000
 #: From how many runs on, and which share of all of them, it is worth a word about the room that they leave.
@@ -216,18 +227,28 @@ class _Kind:
     operation: int
     status: int
     runs: int
-    newest_at: datetime
+    # Moments are PostgreSQL's own text: Python has no infinity among them, and no year 20000.
+    newest_at: str
     newest_id: int
     first_id: int
-    created_at: datetime | None
+    created_at: str | None
     id: int | None
     doomed: int
     removed: int = 0
+    protected: int = 0
+    referenced: int = 0
     ended: bool = False
+    #: Up to where it has been gone through.
+    done_at: str = "-infinity"
+    done_id: int = 0
+
+    @property
+    def key(self) -> _KindKey:
+        return self.definition, self.operation, self.status
 
     @property
     def remaining(self) -> int:
-        return 0 if self.ended else self.doomed - self.removed
+        return 0 if self.ended else self.doomed - self.removed - self.protected - self.referenced
 
     def told(self, view: str, *, dry_run: bool) -> Pruned:
         removed = self.doomed if dry_run else self.removed
@@ -242,6 +263,7 @@ class _Memory:
     """What the last prune has counted, as far as it can be believed.
 
     :ivar now: the server's clock, when this prune began.
+    :ivar server: changes when the server's counters begin anew, or are those of another server.
     :ivar filenode: the file of the run table, which is another one after TRUNCATE.
     :ivar deletions: how many runs were ever deleted, as the server counts them; None where it does not.
     :ivar counted_at: when all was counted.
@@ -249,10 +271,14 @@ class _Memory:
     """
 
     now: datetime
+    server: str
     filenode: int
     deletions: int | None
     counted_at: datetime
-    kinds: dict[_KindKey, tuple[int, datetime, int, int]]
+    kinds: dict[_KindKey, tuple[int, str, int, int]]
+
+    def forget(self) -> None:
+        self.kinds, self.counted_at = {}, self.now
 
 
 def prune_runs(ledger: Ledger, pruning: Pruning) -> Work[PruneResponse]:
@@ -263,12 +289,14 @@ def prune_runs(ledger: Ledger, pruning: Pruning) -> Work[PruneResponse]:
 
     :raises ViewNotFound: when an exact name is of a view that is not on record.
     :raises MissingPrivilege: when the role may not use the run tables.
+    :raises MatViewError: when somebody keeps a lock on them; the message says who.
     :raises OperationCancelled: when it was stopped; what was deleted until then stays deleted.
     """
     begun = time.monotonic()
     if pruning.longest is not None:
         yield Deadline(begun + pruning.longest, pruning.longest)
     reaped: list[int] = []
+    yield from explained(ledger.tracking_schema, _get_through(ledger, pruning))
     if not pruning.dry_run:
         yield from ensure_schema(ledger.tracking_schema)
         reaped = yield from reap_runs(ledger)
@@ -287,7 +315,7 @@ def prune_runs(ledger: Ledger, pruning: Pruning) -> Work[PruneResponse]:
     kinds: list[_Kind] = []
     try:
         yield from _prune_all(ledger, pruning, policies, kinds, begun)
-    except psycopg.Error:
+    except (psycopg.Error, MatViewError):
         if removed := sum(kind.removed for kind in kinds):
             yield Note(f"Stopped: {removed:,} runs had been deleted by then, and stay deleted.", warning=True)
         raise
@@ -295,6 +323,7 @@ def prune_runs(ledger: Ledger, pruning: Pruning) -> Work[PruneResponse]:
     told = sorted((each for each in told if each.removed), key=lambda each: (-each.removed, each.view))
     logged = 0
     if not pruning.dry_run:
+        yield from _tell_kept_back(kinds, names)
         logged = yield from _prune_change_log(ledger)
         yield from _tell_room(ledger, pruning, sum(each.removed for each in told))
     return PruneResponse(pruning.dry_run, tuple(told), len(policies), tuple(reaped), logged, time.monotonic() - begun)
@@ -367,7 +396,7 @@ def retain(ledger: Ledger, records: Sequence[DefinitionRecord], *, ended: bool =
         )
 
 
-def _array(values: Iterable[int | float | datetime | None]) -> str:
+def _array(values: Iterable[int | float | str | None]) -> str:
     """Return an array as PostgreSQL reads it. A list would be looked at value by value, by Python: 100 ms a prune."""
     return "{" + ",".join("NULL" if value is None else f'"{value}"' for value in values) + "}"
 
@@ -449,12 +478,18 @@ def _prune_all(
     ids = list(policies)
     if not ids:
         return
-    memory = yield from _remember(ledger)
+    memory = yield from _remember(ledger, pruning)
     told, first = begun, True
     waiting: list[_Kind] = []
+    # From which kind on it is sure how many there are.
+    sure = 0
+    checked = max(1, _CHECKED * _LOOKED_AT // max(len(ids), _LOOKED_AT))
     for start in range(0, len(ids), _LOOKED_AT):
         some = {number: policies[number] for number in ids[start : start + _LOOKED_AT]}
-        found = yield from _read_committed(_look(ledger, some, memory))
+        found, wrong = yield from _patiently(ledger, lambda some=some: _look_twice(ledger, some, memory, checked))  # type: ignore[misc]
+        if wrong:
+            yield Note("What the last prune has counted is not so any more: everything is counted again.")
+            sure = len(kinds)
         kinds += found
         waiting += found
         looked_at = start + len(some)
@@ -470,7 +505,7 @@ def _prune_all(
             told = yield from _tell_progress(kinds, looked_at, len(ids), told)
         told = yield from _tell_progress(kinds, looked_at, len(ids), told)
     if not pruning.dry_run:
-        yield from _keep(ledger, memory, kinds)
+        yield from _keep(ledger, memory, kinds, sure)
 
 
 def _tell_progress(kinds: Sequence[_Kind], looked_at: int, views: int, told: float) -> Work[float]:
@@ -491,6 +526,7 @@ def _read_committed(work: Work[_T]) -> Work[_T]:
     """
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED"), Session.RECORD)
     try:
+        yield Command(sql.SQL("SET LOCAL lock_timeout = {}").format(sql.Literal(_LOCK_TIMEOUT)), Session.RECORD)
         result = yield from work
         yield Command(sql.SQL("COMMIT"), Session.RECORD)
     except psycopg.Error:
@@ -499,30 +535,97 @@ def _read_committed(work: Work[_T]) -> Work[_T]:
     return result
 
 
-def _remember(ledger: Ledger) -> Work[_Memory]:
+def _patiently(ledger: Ledger, attempt: Callable[[], Work[_T]]) -> Work[_T]:
+    """Do something in a short transaction; where somebody has locked the table, step back and try again.
+
+    :raises MatViewError: when the lock was not to be had; it says who has it.
+    """
+    table = _run_table(ledger)
+    begun = time.monotonic()
+    for pause in (*_LOCK_PAUSES, None):
+        try:
+            return (yield from _read_committed(attempt()))
+        except psycopg.errors.LockNotAvailable as error:
+            rows = yield from catalog.blockers_of(table)
+            blockers = "; ".join(map(describe_blocker, rows)) or "nobody any more"
+            waited = time.monotonic() - begun
+            if pause is None:
+                raise MatViewError(
+                    f"A lock on {table.display} or what belongs to it was not to be had in {waited:.0f} s. In the way: "
+                    f"{blockers}.",
+                    hint="prune again when they have ended, or end them; what was deleted until then stays deleted.",
+                ) from error
+            yield Note(
+                f"A lock on {table.display} is not to be had yet ({waited:.0f} s so far); trying again in {pause:g} s "
+                f"without making others queue. In the way: {blockers}."
+            )
+        yield Pause(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _run_table(ledger: Ledger) -> ResolvedName:
+    return ResolvedName(ledger.tracking_schema, "mat_view_runs", f"{ledger.tracking_schema}.mat_view_runs")
+
+
+def _get_through(ledger: Ledger, pruning: Pruning) -> Work[None]:
+    """See to it that nobody keeps the table locked, before anything waits for it without a limit."""
+    lock = sql.SQL("LOCK TABLE {} IN {} MODE").format(
+        sql.Identifier(ledger.tracking_schema, "mat_view_runs"),
+        sql.SQL("ACCESS SHARE" if pruning.dry_run else "ROW EXCLUSIVE"),
+    )
+
+    def attempt() -> Work[None]:
+        yield Command(lock, Session.RECORD)
+
+    try:
+        yield from _patiently(ledger, attempt)
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InvalidSchemaName):
+        # It is made later, or never in a dry run.
+        return
+
+
+def _remember(ledger: Ledger, pruning: Pruning) -> Work[_Memory]:
     """Return what the last prune has counted; nothing where it is not to be believed."""
     table = sql.Literal(sql.Identifier(ledger.tracking_schema, "mat_view_runs").as_string(None))
+    definitions = sql.Identifier(ledger.tracking_schema, "mat_view_definitions")
     facts = yield from fetch_one(
         sql.SQL(
-            "SELECT clock_timestamp() AS now, pg_relation_filenode({table}::regclass)::bigint AS filenode, "
-            "CASE WHEN current_setting('track_counts')::boolean "
-            "THEN pg_stat_get_tuples_deleted({table}::regclass) END AS deletions"
-        ).format(table=table),
+            """
+            SELECT clock_timestamp() AS now, pg_relation_filenode({table}::regclass)::bigint AS filenode,
+                   -- After a crash the counters begin anew, and so do those of the background writer; another server
+                   -- has its own, and so has a copy of the database.
+                   concat_ws(' ', d.oid, {table}::regclass::oid,
+                             extract(epoch FROM pg_catalog.pg_postmaster_start_time()),
+                             extract(epoch FROM pg_catalog.pg_stat_get_db_stat_reset_time(d.oid)),
+                             extract(epoch FROM pg_catalog.pg_stat_get_bgwriter_stat_reset_time()),
+                             CASE WHEN NOT pg_is_in_recovery()
+                             THEN left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END,
+                             -- Where two views have become one, the runs of one are the other's.
+                             pg_stat_get_tuples_deleted({definitions}::regclass)) AS server,
+                   CASE WHEN current_setting('track_counts')::boolean AND NOT pg_is_in_recovery()
+                   THEN pg_stat_get_tuples_deleted({table}::regclass) END AS deletions
+            FROM pg_catalog.pg_database d WHERE d.datname = current_database()
+            """
+        ).format(table=table, definitions=sql.Literal(definitions.as_string(None))),
         session=Session.RECORD,
     )
     assert facts is not None
     memory = _Memory(**facts, counted_at=facts["now"], kinds={})
+    memory.server += yield from _system()
+    remembered = sql.Identifier(ledger.tracking_schema, "mat_view_retention")
+    # What this prune deletes is not counted, and those who come after it are not to believe that nothing went.
+    forgetting = memory.deletions is None and not pruning.dry_run
     try:
-        row = yield from fetch_one(
-            sql.SQL("SELECT * FROM {}").format(sql.Identifier(ledger.tracking_schema, "mat_view_retention")),
-            session=Session.RECORD,
+        row = yield from _read_committed(
+            fetch_one(_memory_query(remembered, definitions, forgetting), session=Session.RECORD)
         )
-    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+    except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable):
         # A dry run makes no tables; and what may not be read is counted.
         return memory
     if (
         row is not None
-        and (row["filenode"], row["deletions"]) == (memory.filenode, memory.deletions)
+        and row["complete"]
+        and (row["server"], row["filenode"], row["deletions"]) == (memory.server, memory.filenode, memory.deletions)
         and timedelta(0) <= memory.now - row["counted_at"] < _BELIEVED
     ):
         memory.counted_at = row["counted_at"]
@@ -533,21 +636,46 @@ def _remember(ledger: Ledger) -> Work[_Memory]:
     return memory
 
 
-def _keep(ledger: Ledger, memory: _Memory, kinds: Sequence[_Kind]) -> Work[None]:
-    """Leave behind, for the next prune, how many there are now of each kind."""
+def _memory_query(remembered: sql.Identifier, definitions: sql.Identifier, forgetting: bool) -> sql.Composable:
+    if forgetting:
+        return sql.SQL("DELETE FROM {} RETURNING false AS complete").format(remembered)
+    return sql.SQL(
+        """
+        SELECT server, filenode, deletions, counted_at, definitions, operations, statuses, runs, ids, first_ids,
+               to_json(moments) AS moments,
+               NOT EXISTS (SELECT FROM unnest(m.definitions) known (id)
+                           WHERE NOT EXISTS (SELECT FROM {definitions} d WHERE d.id = known.id)) AS complete
+        FROM {remembered} m
+        """
+    ).format(remembered=remembered, definitions=definitions)
+
+
+def _system() -> Work[str]:
+    """Return what tells one cluster from another, where that may be read."""
+    try:
+        row = yield from fetch_one(
+            sql.SQL("SELECT system_identifier::text AS system FROM pg_catalog.pg_control_system()"),
+            session=Session.RECORD,
+        )
+    except psycopg.errors.InsufficientPrivilege:
+        return ""
+    assert row is not None
+    return f" {row['system']}"
+
+
+def _keep(ledger: Ledger, memory: _Memory, kinds: Sequence[_Kind], sure: int) -> Work[None]:
+    """Leave behind, for the next prune, how many there are now of each kind.
+
+    :param sure: the first one of which that is sure.
+    """
     if memory.deletions is None:
         return
     # Where somebody had locked some of those that were to go, the first is another one, which is seen next time.
     known = memory.kinds | {
-        (kind.definition, kind.operation, kind.status): (
-            kind.runs - kind.removed,
-            kind.newest_at,
-            kind.newest_id,
-            kind.first_id,
-        )
-        for kind in kinds
+        kind.key: (kind.runs - kind.removed, kind.newest_at, kind.newest_id, kind.first_id) for kind in kinds[sure:]
     }
-    values = {
+    values: dict[str, Any] = {
+        "server": memory.server,
         "filenode": memory.filenode,
         # Where somebody else has deleted some meanwhile it will be more.
         "deletions": memory.deletions + sum(kind.removed for kind in kinds),
@@ -571,9 +699,57 @@ def _keep(ledger: Ledger, memory: _Memory, kinds: Sequence[_Kind]) -> Work[None]
         excluded=sql.SQL(", ").join(sql.Identifier("excluded", name) for name in values),
     )
     try:
-        yield Query(statement, values, Session.RECORD)
-    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.SerializationFailure) as error:
+        yield from _read_committed(fetch_all(statement, values, Session.RECORD))
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.LockNotAvailable) as error:
         yield Note(f"What was counted could not be kept, and is counted again next time: {error.diag.message_primary}.")
+
+
+def _look_twice(
+    ledger: Ledger, policies: Mapping[int, RetentionPolicy], memory: _Memory, checked: int
+) -> Work[tuple[list[_Kind], bool]]:
+    """Return the kinds of runs of some views, and whether what was remembered of them was wrong.
+
+    :param checked: of how many kinds, of which something is to go by what is remembered, that is counted.
+    """
+    found = yield from _look(ledger, policies, memory)
+    believed = [kind for kind in found if kind.doomed and kind.key in memory.kinds]
+    # By chance, so that another prune sees what this one does not; it is no secret.
+    checks = random.sample(believed, min(checked, len(believed)))
+    if not checks or (yield from _are_so_many(ledger, checks)):
+        return found, False
+    memory.forget()
+    found = yield from _look(ledger, policies, memory)
+    return found, True
+
+
+def _are_so_many(ledger: Ledger, kinds: Sequence[_Kind]) -> Work[bool]:
+    """Count what is to be left of a few kinds, and say whether it is what was reckoned."""
+    rows = yield from fetch_all(
+        sql.SQL(
+            """
+            SELECT (SELECT count(*) FROM (
+                        SELECT FROM {runs} r WHERE {of_k} AND (r.created_at, r.id) >= (k.created_at, k.id)
+                        AND (r.created_at, r.id) <= (k.newest_at, k.newest_id) LIMIT {most}
+                    ) each) = least(k.runs, {most}) AS agrees
+            FROM unnest(%(definitions)s::bigint[], %(operations)s::integer[], %(statuses)s::integer[],
+                        %(moments)s::timestamptz[], %(ids)s::bigint[], %(newest_at)s::timestamptz[],
+                        %(newest_ids)s::bigint[], %(runs)s::bigint[])
+                 AS k (definition, operation, status, created_at, id, newest_at, newest_id, runs)
+            """
+        ).format(runs=ledger.table("mat_view_runs"), of_k=_of("k"), most=sql.Literal(_CHECKED_RUNS)),
+        {
+            "definitions": _array(kind.definition for kind in kinds),
+            "operations": _array(kind.operation for kind in kinds),
+            "statuses": _array(kind.status for kind in kinds),
+            "moments": _array(kind.created_at for kind in kinds),
+            "ids": _array(kind.id for kind in kinds),
+            "newest_at": _array(kind.newest_at for kind in kinds),
+            "newest_ids": _array(kind.newest_id for kind in kinds),
+            "runs": _array(kind.runs - kind.doomed for kind in kinds),
+        },
+        Session.RECORD,
+    )
+    return all(row["agrees"] for row in rows)
 
 
 def _look(ledger: Ledger, policies: Mapping[int, RetentionPolicy], memory: _Memory) -> Work[list[_Kind]]:
@@ -582,8 +758,9 @@ def _look(ledger: Ledger, policies: Mapping[int, RetentionPolicy], memory: _Memo
     rows = yield from fetch_all(
         sql.SQL(
             """
-            SELECT k.definition, k.operation, k.status, counted.runs, newest.created_at AS newest_at,
-                   newest.id AS newest_id, cut.created_at, cut.id,
+            SELECT k.definition, k.operation, k.status, counted.runs, newest.id AS newest_id, cut.id,
+                   -- As ISO 8601 whatever DateStyle says.
+                   to_json(newest.created_at) #>> '{{}}' AS newest_at, to_json(cut.created_at) #>> '{{}}' AS created_at,
                    CASE WHEN cut.id IS NULL THEN oldest.id
                         WHEN cut.id = kept.id THEN kept.id
                         ELSE (SELECT r.id FROM {runs} r
@@ -654,51 +831,136 @@ def _batch(kinds: Sequence[_Kind], size: int) -> Iterator[tuple[_Kind, int]]:
 
 
 def _delete(ledger: Ledger, batch: Sequence[tuple[_Kind, int]]) -> Work[None]:
-    """Delete one batch, in a transaction of its own, and note what went."""
+    """Delete one batch, in a transaction of its own, and note what went.
+
+    Where something of the user's references a run, PostgreSQL refuses the whole statement: then it is made in parts,
+    down to the one run, which is passed over.
+    """
+    try:
+        rows = yield from _patiently(ledger, lambda: _go_through(ledger, batch))
+    except psycopg.errors.ForeignKeyViolation as error:
+        if len(batch) > 1:
+            for part in batch:
+                yield from _delete(ledger, [part])
+            return
+        ((kind, some),) = batch
+        if some > 1:
+            for many in (some // 2, some - some // 2):
+                if not kind.ended:
+                    yield from _delete(ledger, [(kind, many)])
+            return
+        rows = yield from _patiently(ledger, lambda: _go_through(ledger, batch, passing=True))
+        _advance(batch, rows)
+        kind.protected -= sum(row["taken"] for row in rows)
+        kind.referenced += sum(row["taken"] for row in rows)
+        if kind.referenced == 1:
+            yield Note(f"A run is referenced, and stays: {error.diag.message_primary}.", warning=True)
+        kind.ended = kind.ended or kind.referenced >= _MOST_REFERENCED
+    else:
+        _advance(batch, rows)
+
+
+def _advance(batch: Sequence[tuple[_Kind, int]], rows: Sequence[Mapping[str, Any]]) -> None:
+    taken, removed = (
+        {(row["definition"], row["operation"], row["status"]): row for row in rows if (row["done_at"] is None) is went}
+        for went in (False, True)
+    )
+    for kind, some in batch:
+        last = taken.get(kind.key)
+        if last is not None:
+            went = removed[kind.key]["removed"] if kind.key in removed else 0
+            kind.removed += went
+            # A trigger, or row security, has let them be.
+            kind.protected += last["taken"] - went
+            kind.done_at, kind.done_id = last["done_at"], last["done_id"]
+        # Somebody else has locked or deleted the others.
+        kind.ended = last is None or last["taken"] < some
+
+
+def _go_through(
+    ledger: Ledger, batch: Sequence[tuple[_Kind, int]], *, passing: bool = False
+) -> Work[list[dict[str, Any]]]:
+    """Return of each kind how many were there to delete, how many went, and which was the last one.
+
+    :param passing: delete nothing.
+    """
     statement = sql.SQL(
         """
-        WITH gone AS (
-            DELETE FROM {runs} WHERE id = ANY (ARRAY(
-                SELECT doomed.id
-                FROM unnest(%(definitions)s::bigint[], %(operations)s::integer[], %(statuses)s::integer[],
-                            %(moments)s::timestamptz[], %(ids)s::bigint[], %(limits)s::bigint[])
-                     AS c (definition, operation, status, created_at, id, runs)
-                CROSS JOIN LATERAL (
-                    -- What has changed in the meantime is looked at again when it is locked.
-                    SELECT r.id FROM {runs} r WHERE {of_c} AND (r.created_at, r.id) < (c.created_at, c.id)
-                    ORDER BY r.created_at, r.id LIMIT c.runs FOR UPDATE SKIP LOCKED
-                ) doomed
-            )) AND status <> {running}
-            RETURNING mat_view_definition_id, operation, status
+        WITH doomed AS MATERIALIZED (
+            SELECT c.definition, c.operation, c.status, doomed.created_at, doomed.id
+            FROM unnest(%(definitions)s::bigint[], %(operations)s::integer[], %(statuses)s::integer[],
+                        %(moments)s::timestamptz[], %(ids)s::bigint[], %(done_at)s::timestamptz[],
+                        %(done_ids)s::bigint[], %(limits)s::bigint[])
+                 AS c (definition, operation, status, created_at, id, done_at, done_id, runs)
+            CROSS JOIN LATERAL (
+                -- What has changed in the meantime is looked at again when it is locked.
+                SELECT r.created_at, r.id FROM {runs} r WHERE {of_c} AND (r.created_at, r.id) < (c.created_at, c.id)
+                AND (r.created_at, r.id) > (c.done_at, c.done_id)
+                ORDER BY r.created_at, r.id LIMIT c.runs FOR UPDATE SKIP LOCKED
+            ) doomed
+        ), gone AS (
+            DELETE FROM {runs} WHERE id = ANY (ARRAY(SELECT id FROM doomed WHERE {going})) AND status <> {running}
+            RETURNING mat_view_definition_id AS definition, operation, status
+        ), last AS (
+            SELECT DISTINCT ON (definition, operation, status) definition, operation, status,
+                   count(*) OVER (PARTITION BY definition, operation, status) AS taken, created_at, id
+            FROM doomed ORDER BY definition, operation, status, created_at DESC, id DESC
         )
-        SELECT mat_view_definition_id AS definition, operation, status, count(*) AS removed FROM gone GROUP BY 1, 2, 3
+        -- Not joined: of what is not known to be many, PostgreSQL compares each with each.
+        SELECT definition, operation, status, taken, 0 AS removed, to_json(created_at) #>> '{{}}' AS done_at,
+               id AS done_id
+        FROM last
+        UNION ALL
+        SELECT definition, operation, status, 0, count(*), NULL, NULL FROM gone GROUP BY 1, 2, 3
         """
-    ).format(runs=ledger.table("mat_view_runs"), of_c=_of("c"), running=sql.Literal(int(RunStatus.RUNNING)))
+    ).format(
+        runs=ledger.table("mat_view_runs"),
+        of_c=_of("c"),
+        running=sql.Literal(int(RunStatus.RUNNING)),
+        going=sql.Literal(not passing),
+    )
     parameters = {
         "definitions": _array(kind.definition for kind, _ in batch),
         "operations": _array(kind.operation for kind, _ in batch),
         "statuses": _array(kind.status for kind, _ in batch),
         "moments": _array(kind.created_at for kind, _ in batch),
         "ids": _array(kind.id for kind, _ in batch),
+        "done_at": _array(kind.done_at for kind, _ in batch),
+        "done_ids": _array(kind.done_id for kind, _ in batch),
         "limits": _array(some for _, some in batch),
     }
-    rows = yield from _read_committed(fetch_all(statement, parameters, Session.RECORD))
-    removed = {(row["definition"], row["operation"], row["status"]): row["removed"] for row in rows}
-    for kind, some in batch:
-        went = removed.get((kind.definition, kind.operation, kind.status), 0)
-        kind.removed += went
-        # Somebody else has locked or deleted the others.
-        kind.ended = went < some
+    rows = yield from fetch_all(statement, parameters, Session.RECORD)
+    return rows
+
+
+def _tell_kept_back(kinds: Sequence[_Kind], names: Mapping[int, str]) -> Work[None]:
+    """Say what stays although retention does not keep it, since others do."""
+    for number, of_views, what in (
+        (sum(k.protected for k in kinds), {k.definition for k in kinds if k.protected}, "a trigger or row security"),
+        (sum(k.referenced for k in kinds), {k.definition for k in kinds if k.referenced}, "a foreign key on them"),
+    ):
+        if number:
+            told = ", ".join(sorted(names[each] for each in of_views)[:5]) + (", ..." if len(of_views) > 5 else "")
+            yield Note(f"{number:,} runs of {told} that were to go stay: {what} protects them.", warning=True)
+    if full := [kind for kind in kinds if kind.referenced >= _MOST_REFERENCED]:
+        yield Note(
+            f"Of {len(full)} kind{'' if len(full) == 1 else 's'} of runs the others were left, after "
+            f"{_MOST_REFERENCED} that something references: delete what references them, or let the foreign key say "
+            "ON DELETE CASCADE or SET NULL.",
+            warning=True,
+        )
 
 
 def _prune_change_log(ledger: Ledger) -> Work[int]:
     """Prune the change log as far as it goes without a wait. What goes wrong there is nothing to the runs."""
     try:
-        row = yield from fetch_one(
-            sql.SQL("SELECT EXISTS (SELECT FROM {}) AS any").format(
-                sql.Identifier(ledger.tracking_schema, "mat_view_changes")
-            ),
-            session=Session.RECORD,
+        row = yield from _read_committed(
+            fetch_one(
+                sql.SQL("SELECT EXISTS (SELECT FROM {}) AS any").format(
+                    sql.Identifier(ledger.tracking_schema, "mat_view_changes")
+                ),
+                session=Session.RECORD,
+            )
         )
         if row is None or not row["any"]:
             return 0
@@ -710,6 +972,9 @@ def _prune_change_log(ledger: Ledger) -> Work[int]:
             warning=True,
         )
         return 0
+    except psycopg.errors.LockNotAvailable:
+        yield Note("The change log is not pruned this time: somebody keeps a lock on it.", warning=True)
+        return 0
     if rows:
         yield Note(f"{rows:,} row{'' if rows == 1 else 's'} of the change log deleted.")
     return rows
@@ -717,19 +982,11 @@ def _prune_change_log(ledger: Ledger) -> Work[int]:
 
 def _tell_room(ledger: Ledger, pruning: Pruning, removed: int) -> Work[None]:
     """VACUUM where that was asked for; else say, after a large prune, what becomes of the room."""
-    table = ResolvedName(ledger.tracking_schema, "mat_view_runs", f"{ledger.tracking_schema}.mat_view_runs")
+    table = _run_table(ledger)
     if not removed:
         return
     if pruning.vacuum:
-        begun = time.monotonic()
-        command = maintenance("VACUUM", table)
-        try:
-            # Nothing to set for it.
-            yield Alone(Command(command.statement, Session.RECORD), sql.SQL("1"))
-        except psycopg.Error as error:
-            yield Note(f"The runs are deleted; VACUUM after it was not: {error.diag.message_primary or error}", True)
-        else:
-            yield Note(f"Then VACUUM: {time.monotonic() - begun:.2f} s.")
+        yield from _vacuum(table)
         return
     if removed < _LARGE:
         return
@@ -743,3 +1000,64 @@ def _tell_room(ledger: Ledger, pruning: Pruning, removed: int) -> Work[None]:
             f"vacuum=True, or VACUUM {table.ddl}, does it at once. The file itself does not shrink: that takes VACUUM "
             "FULL, which keeps everybody off the table meanwhile."
         )
+
+
+def _vacuum(table: ResolvedName) -> Work[None]:
+    """VACUUM, and say whether that happened: where it is passed over, PostgreSQL only warns, and goes on."""
+    row = yield from fetch_one(
+        sql.SQL(
+            """
+            SELECT c.oid::bigint AS oid, clock_timestamp() AS now, current_setting('track_counts')::boolean AS counted,
+                   current_setting('server_version_num')::integer >= 170000 AS grantable, current_user AS role,
+                   pg_has_role(c.relowner, 'USAGE') OR pg_has_role(d.datdba, 'USAGE')
+                   OR CASE WHEN current_setting('server_version_num')::integer >= 170000
+                      THEN has_table_privilege(c.oid, 'MAINTAIN') ELSE false END AS may
+            FROM pg_catalog.pg_class c, pg_catalog.pg_database d
+            WHERE c.oid = to_regclass({}) AND d.datname = current_database()
+            """
+        ).format(sql.Literal(table.ddl)),
+        session=Session.RECORD,
+    )
+    if row is None or not row["may"]:
+        mend = (
+            f"GRANT MAINTAIN ON {table.ddl} TO {sql.Identifier(row['role']).as_string(None)}"
+            if row is not None and row["grantable"]
+            else "let the table's owner prune"
+        )
+        yield Note(
+            f"The runs are deleted; VACUUM was passed over, since the role may not: {table.display} is not its own. "
+            f"Autovacuum does it in time; to mend it: {mend}.",
+            warning=True,
+        )
+        return
+    begun = time.monotonic()
+    command = maintenance("VACUUM", table)
+    try:
+        # Nothing to set for it.
+        yield Alone(Command(command.statement, Session.RECORD), sql.SQL("1"))
+    except psycopg.Error as error:
+        yield Note(f"The runs are deleted; VACUUM after it was not: {error.diag.message_primary or error}", True)
+        return
+    took = time.monotonic() - begun
+    if not row["counted"]:
+        yield Note(f"Then VACUUM: {took:.2f} s. Whether it was passed over cannot be seen, since track_counts is off.")
+        return
+    for pause in _VACUUM_LOOKS:
+        if pause:
+            yield Pause(pause)
+        seen = yield from fetch_one(
+            sql.SQL("SELECT pg_stat_get_last_vacuum_time({}::oid) >= {}::timestamptz AS done").format(
+                sql.Literal(row["oid"]), sql.Literal(row["now"].isoformat())
+            ),
+            session=Session.RECORD,
+        )
+        if seen is not None and seen["done"]:
+            yield Note(f"Then VACUUM: {took:.2f} s.")
+            return
+    blockers = yield from catalog.blockers_of(table)
+    yield Note(
+        "The runs are deleted; VACUUM was passed over, since somebody had locked the table"
+        + (f": {'; '.join(map(describe_blocker, blockers))}. " if blockers else ". ")
+        + "Autovacuum does it in time.",
+        warning=True,
+    )
