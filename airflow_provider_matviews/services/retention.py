@@ -10,8 +10,8 @@ of each kind, up to which run (``mat_view_retention``), and the next one counts 
 cut from the old end: what it costs follows what came and what goes. That is believed only while the server's own
 counter says that nobody else has deleted a run since, that counter has not begun anew, the table is the same file,
 every view that was counted is still on record, and of each kind the oldest run is the one that was left as such; and a
-few kinds, by chance, are counted all the same before anything of them goes. Else, and after two days, all is counted again.
-What the counter cannot tell is in docs/retention.md.
+few kinds, by chance, are counted all the same before anything of them goes. Else, and after two days, all is counted
+again. What the counter cannot tell is in docs/retention.md.
 
 Rows that somebody has locked are passed over, and a lock on the table is waited for briefly; each batch is a
 transaction of its own.
