@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, LiteralString, cast
+from typing import LiteralString, cast
 
 # Read when Airflow loads: lines written to a terminal would be timed as well.
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
@@ -23,9 +21,9 @@ os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
 import psycopg
 
 from benchmarks.connecting import hook_on
+from benchmarks.long_history import fill, queries
 from demo.postgres_server import PostgresServer, find_installations
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "history.md"
 #: The obvious ways to ask the same.
 OBVIOUS: dict[str, LiteralString] = {
     "latest run of every view": "SELECT DISTINCT ON (mat_view_definition_id) * FROM matviews.mat_view_runs "
@@ -34,44 +32,6 @@ OBVIOUS: dict[str, LiteralString] = {
     "mat_view_definition_id, duration_ms, row_number() OVER (PARTITION BY mat_view_definition_id ORDER BY created_at "
     "DESC) AS n FROM matviews.mat_view_runs WHERE status = 2 AND operation = 1) r WHERE n <= 20 GROUP BY 1",
 }
-
-
-def fill(connection: psycopg.Connection[Any], runs: int, views: int) -> None:
-    """Put views and their runs on record; the run tables are there. The last run was a moment ago."""
-    connection.execute(
-        "INSERT INTO matviews.mat_view_definitions (name, schema_name, view_name, sql, created_at) "
-        "SELECT 'analytics.' || name, 'analytics', name, 'SELECT 1', clock_timestamp() - interval '400 days' "
-        "FROM generate_series(1, %s) g, LATERAL (SELECT CASE g WHEN 1 THEN 'accounts' ELSE 'mv' || g END AS name) n",
-        (views,),
-    )
-    # As time goes by: the views in turn. What is written is about as large as a small run's row.
-    connection.execute(
-        """
-        INSERT INTO matviews.mat_view_runs (mat_view_definition_id, status, operation, started_at, finished_at,
-                                            duration_ms, error, meta, created_at)
-        SELECT d.id, s.status, 1, at, at + interval '2 s', 1000 + (hashint8(g) & 1023),
-               CASE WHEN s.status = 3 THEN '{"class": "QueryCanceled", "message": "canceling statement"}'::jsonb END,
-               jsonb_build_object('strategy', 'swap', 'row_count_before', g %% 1000, 'row_count_after', g %% 1000 + 10,
-                                  'dag_id', 'nightly', 'task_id', 'refresh', 'response',
-                                  jsonb_build_object('view', d.name, 'heap_bytes', 81920, 'reason', 'it is small')),
-               at
-        FROM generate_series(1, %(runs)s) g
-        JOIN (SELECT id, name, row_number() OVER (ORDER BY id) - 1 AS n FROM matviews.mat_view_definitions) d
-             ON d.n = g %% %(views)s
-        CROSS JOIN LATERAL (SELECT clock_timestamp() - (%(runs)s - g) * interval '1 day' / 33333 AS at) t
-        CROSS JOIN LATERAL (SELECT CASE WHEN hashint8(g) %% 50 = 0 THEN 3 WHEN hashint8(g) %% 20 = 0 THEN 4 ELSE 2 END
-                            AS status) s
-        ORDER BY g
-        """,
-        {"runs": runs, "views": views},
-    )
-    connection.execute("VACUUM (ANALYZE) matviews.mat_view_runs")
-
-
-def queries() -> dict[str, str]:
-    """Return the queries of the document, by the headings that they stand under."""
-    blocks = re.findall(r"^### (.+?)\n.*?```sql\n(.+?)```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)
-    return dict(blocks)
 
 
 def median_ms(function: Callable[[], object], rounds: int) -> float:

@@ -30,7 +30,7 @@ os.environ.update(
     AIRFLOW__CORE__LOAD_EXAMPLES="False",
     AIRFLOW__CORE__UNIT_TEST_MODE="False",
     AIRFLOW__CORE__DAGS_FOLDER=f"{_AIRFLOW_HOME}/dags",
-    AIRFLOW__API_AUTH__JWT_SECRET="for the tests and nothing else, and long enough",
+    AIRFLOW__API_AUTH__JWT_SECRET="for the tests and nothing else, and long enough for every algorithm that signs",
 )
 
 import psycopg

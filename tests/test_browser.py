@@ -13,7 +13,7 @@ from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.names import quote
-from benchmarks.history import fill
+from benchmarks.long_history import fill
 from demo.airflow_server import AirflowServer
 from demo.postgres_server import PostgresServer
 from tests.conftest import NEWEST, Database, hook_on

@@ -10,7 +10,7 @@ import pytest
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.browsing import RunFilter, run_list, run_page, view_page
 from airflow_provider_matviews.services.overview import read_overview
-from benchmarks.history import fill, queries
+from benchmarks.long_history import fill, queries
 from tests.conftest import Database, hook_on
 
 
