@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # Read when Airflow loads: lines written to a terminal would be timed as well.
 os.environ["AIRFLOW__LOGGING__LOGGING_LEVEL"] = "ERROR"
@@ -34,18 +35,8 @@ from demo.postgres_server import PostgresServer, find_installations
 
 #: Of the runs of a view; the others are failures and skipped runs.
 SUCCESSES = 0.96
-DOCUMENT = """
-WITH ranked AS (
-  SELECT id, mat_view_definition_id,
-         ROW_NUMBER() OVER (PARTITION BY mat_view_definition_id, status ORDER BY created_at DESC) AS rn
-  FROM mat_view_runs
-  WHERE status = 2 -- success
-)
-DELETE FROM mat_view_runs
-USING ranked
-WHERE mat_view_runs.id = ranked.id
-  AND ranked.rn > {keep};
-"""
+#: Of the run-tracking document, character for character.
+DOCUMENT = Path(__file__).resolve().parent.parent / "tests" / "sql" / "keep_last_500.sql"
 #: A run begins and ends as the operations have it, on a view of its own.
 BEGIN = (
     "INSERT INTO matviews.mat_view_runs (mat_view_definition_id, operation, started_at) "
@@ -206,6 +197,7 @@ def compare(server: PostgresServer, hook: MatViewHook, keep: int, views: int, su
             "INSERT INTO mat_view_definitions (name, schema_name, view_name) VALUES ('mart.a', 'mart', 'a'), "
             "('mart.b', 'mart', 'b') RETURNING id"
         ).fetchall()
+        document = DOCUMENT.read_text().replace("500", str(keep)).encode()
         for number in range(rounds):
             come(connection, surplus // views)
             first = in_ms(prune)
@@ -218,7 +210,7 @@ def compare(server: PostgresServer, hook: MatViewHook, keep: int, views: int, su
             waits.append(traffic.longest)
             check(connection, keep, views)
             come(connection, surplus // views)
-            theirs.append(in_ms(lambda: connection.execute(DOCUMENT.format(keep=keep).encode())))
+            theirs.append(in_ms(lambda: connection.execute(document)))
             check(connection, keep, views)
             print(
                 f"  round {number + 1}: document {theirs[-1]:8.0f} ms, prune() {ours[-1]:6.0f} ms, where it has to "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, LiteralString
 
 import psycopg
@@ -249,18 +250,7 @@ def test_what_is_kept_is_what_the_policy_says_of_each_run(
     assert driver.run(prune_runs(ledger, Pruning(policy, pause=0))).removed == 0
 
 
-_DOCUMENT = """
-WITH ranked AS (
-  SELECT id, mat_view_definition_id,
-         ROW_NUMBER() OVER (PARTITION BY mat_view_definition_id, status ORDER BY created_at DESC) AS rn
-  FROM mat_view_runs
-  WHERE status = 2 -- success
-)
-DELETE FROM mat_view_runs
-USING ranked
-WHERE mat_view_runs.id = ranked.id
-  AND ranked.rn > 5
-"""
+_DOCUMENT = (Path(__file__).parent / "sql" / "keep_last_500.sql").read_text().replace("500", "5")
 
 
 @_OFTEN

@@ -94,7 +94,7 @@ class HookOperator(BaseOperator):
         hook = MatViewHook(
             postgres_conn_id=self.conn_id,
             tracking_schema=self.tracking_schema,
-            context=_whose(context),
+            context=whose(context),
             longest=self._longest(),
         )
         hook.wants_lineage = lineage.enabled()
@@ -202,7 +202,7 @@ class Deferral:
             arguments=arguments,
             conn_id=self.conn_id,
             tracking_schema=self.tracking_schema,
-            context=_whose(context),
+            context=whose(context),
             deferral=str(uuid4()),
             deadline=time.time() + seconds,
             timeout=seconds,
@@ -349,6 +349,7 @@ class DeferrableViewOperator(Deferral, ViewOperator):
         self._defer_to(context, operation, subject, arguments, limits)
 
 
-def _whose(context: Context) -> dict[str, Any]:
+def whose(context: Context) -> dict[str, Any]:
+    """Return what is recorded of whose task it is."""
     task_instance = context["ti"]
     return {key: getattr(task_instance, key) for key in ("dag_id", "task_id", "run_id", "map_index", "try_number")}

@@ -103,10 +103,6 @@ class PruneMatViewRunsOperator(HookOperator):
             self._tell(result, hook.redact)
         return result.as_dict()
 
-    def on_kill(self) -> None:
-        """Stop at once; what has been deleted stays deleted, and the next prune goes on from there."""
-        super().on_kill()
-
     def _tell(self, result: PruneResponse, redact: Any) -> None:
         lines = result.table()
         if lines:

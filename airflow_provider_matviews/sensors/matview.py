@@ -16,6 +16,7 @@ from airflow.providers.common.compat.sdk import (
 
 from airflow_provider_matviews.checks import as_seconds, choice
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from airflow_provider_matviews.operators.base import whose
 from airflow_provider_matviews.outcome import log_error, unpack_error
 from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services.alerts import table
@@ -140,7 +141,7 @@ class MatViewMetricsSensor(BaseSensorOperator):
         :raises MissingPrivilege: when the role may not use the run tables.
         """
         hook = self._hook = MatViewHook(
-            postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=self._whose(context)
+            postgres_conn_id=self.conn_id, tracking_schema=self.tracking_schema, context=whose(context)
         )
         try:
             checkup = hook.check(**self._arguments())
@@ -221,13 +222,9 @@ class MatViewMetricsSensor(BaseSensorOperator):
                 arguments={**self._arguments(), "overrides": overrides},
                 conn_id=self.conn_id,
                 tracking_schema=self.tracking_schema,
-                context=self._whose(context),
+                context=whose(context),
                 poke_interval=self.poke_interval,
             ),
             method_name="execute_complete",
             timeout=timedelta(seconds=self.timeout),
         )
-
-    @staticmethod
-    def _whose(context: Context) -> dict[str, Any]:
-        return {key: getattr(context["ti"], key) for key in ("dag_id", "task_id", "run_id", "map_index", "try_number")}

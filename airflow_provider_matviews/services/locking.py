@@ -146,14 +146,20 @@ def _deferral_key(deferral: str) -> sql.Composed:
     return sql.SQL("hashtextextended({}, 0)").format(sql.Literal(f"{_NAMESPACE} deferral {deferral}"))
 
 
-#: Whether anybody holds the advisory lock of a name, as pg_locks shows a key of 64 bits; every role may ask
-#: (https://www.postgresql.org/docs/current/view-pg-locks.html).
-LOCK_IS_HELD = sql.SQL(
-    "EXISTS (SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended(%(lock)s, 0) AS key) k "
-    "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
-    "AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
-    "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
-)
+def lock_is_held(lock: sql.Composable) -> sql.Composed:
+    """Return the expression of whether anybody holds the advisory lock of a name.
+
+    pg_locks shows a key of 64 bits in two columns; every role may ask
+    (https://www.postgresql.org/docs/current/view-pg-locks.html).
+
+    :param lock: the expression of the lock's name.
+    """
+    return sql.SQL(
+        "EXISTS (SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended({}, 0) AS key) k "
+        "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
+        "AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
+        "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
+    ).format(lock)
 
 
 def lock_name(view: ResolvedName) -> str:

@@ -22,7 +22,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, RunStatus
-from airflow_provider_matviews.services.locking import lock_name
+from airflow_provider_matviews.services.locking import lock_is_held, lock_name
 from airflow_provider_matviews.services.selection import Selection
 
 #: A view that has failed for so long is no worse than one that has failed longer.
@@ -254,11 +254,7 @@ _METRICS = """
                        'started_at', coalesce(r.started_at, r.created_at), 'process', r.meta->>'process')
                    ORDER BY r.id), '[]')
             FROM {runs} r WHERE r.mat_view_definition_id = d.id AND r.status = {running}) AS running,
-           ARRAY(SELECT r.duration_ms FROM {runs} r
-                 WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
-                   AND r.duration_ms IS NOT NULL
-                 ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s) AS durations,
-           {times} AS times, {rows} AS row_counts, {rebuilt} AS rebuilt,
+           {durations} AS durations, {times} AS times, {rows} AS row_counts, {rebuilt} AS rebuilt,
            {row_count} AS row_count
     FROM {definitions} d
     LEFT JOIN LATERAL (
@@ -309,14 +305,8 @@ _METRICS = """
     ) unchanged ON true
     WHERE d.id = ANY(%(ids)s)
 """
-_TIMES = """
-    ARRAY(SELECT r.created_at FROM {runs} r
-          WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
-            AND r.duration_ms IS NOT NULL
-          ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
-"""
-_ROW_COUNTS = """
-    ARRAY(SELECT {rows_after} FROM {runs} r
+_LATEST = """
+    ARRAY(SELECT {what} FROM {runs} r
           WHERE r.mat_view_definition_id = d.id AND r.operation = {refresh} AND r.status = {success}
             AND r.duration_ms IS NOT NULL
           ORDER BY r.created_at DESC, r.id DESC LIMIT %(window)s)
@@ -361,8 +351,10 @@ def _read(
     names["bytes_after"] = number("r.meta->'response'->'heap_bytes'")
     names["row_count"] = number("filled.meta->'row_count_after'")
     names["heap_bytes"] = number("filled.meta->'response'->'heap_bytes'")
-    names["times"] = sql.SQL(_TIMES).format(**names) if times else sql.SQL("'{{}}'::timestamptz[]")
-    names["rows"] = sql.SQL(_ROW_COUNTS).format(**names) if rows else sql.SQL("'{{}}'::bigint[]")
+    latest = sql.SQL(_LATEST)
+    names["durations"] = latest.format(what=sql.SQL("r.duration_ms"), **names)
+    names["times"] = latest.format(what=sql.SQL("r.created_at"), **names) if times else sql.SQL("'{}'::timestamptz[]")
+    names["rows"] = latest.format(what=names["rows_after"], **names) if rows else sql.SQL("'{}'::bigint[]")
     names["rebuilt"] = sql.SQL(_REBUILT).format(**names) if bloat else sql.SQL("NULL::float8")
     found = yield from fetch_all(
         sql.SQL(_METRICS).format(**names), {"ids": list(ids), "window": window + 1}, Session.RECORD
@@ -432,12 +424,8 @@ def _with_lost(
     if not locks:
         return found
     free = yield from fetch_all(
-        sql.SQL(
-            "SELECT given.id FROM unnest(%s::bigint[], %s::text[]) AS given (id, lock) WHERE NOT EXISTS ("
-            "SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended(given.lock, 0) AS key) k "
-            "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND l.database = "
-            "(SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
-            "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
+        sql.SQL("SELECT given.id FROM unnest(%s::bigint[], %s::text[]) AS given (id, lock) WHERE NOT {}").format(
+            lock_is_held(sql.SQL("given.lock"))
         ),
         (list(locks), list(locks.values())),
         Session.RECORD,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from psycopg import sql
+
 from airflow_provider_matviews.services.instructions import Note, Work
 from airflow_provider_matviews.services.ledger import Ledger
-from airflow_provider_matviews.services.locking import LOCK_IS_HELD, lock_name
+from airflow_provider_matviews.services.locking import lock_is_held, lock_name
 from airflow_provider_matviews.services.migrations import ensure_schema
 
 
@@ -21,7 +23,7 @@ def reap_runs(ledger: Ledger) -> Work[list[int]]:
     yield from ensure_schema(ledger.tracking_schema)
     reaped: list[int] = []
     for run_id, view in (yield from ledger.running()):
-        if (yield from ledger.lose(run_id, LOCK_IS_HELD, lock_name(view))):
+        if (yield from ledger.lose(run_id, lock_is_held(sql.SQL("%(lock)s")), lock_name(view))):
             reaped.append(run_id)
             yield Note(f"Run {run_id} of {view.display} had ended without a word: marked as failed (RunLost).")
     return reaped

@@ -21,7 +21,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.change_log import LoggedTable
 from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import Ledger
-from airflow_provider_matviews.services.locking import LOCK_IS_HELD, lock_name
+from airflow_provider_matviews.services.locking import lock_is_held, lock_name
 from airflow_provider_matviews.services.staleness import Baseline, Judgement, Look, judge, look_at
 
 #: How many times as long as the first time a watcher waits at the most before it says the same again.
@@ -204,7 +204,7 @@ def listen() -> Work[None]:
 
 def _at_work(views: Iterable[ResolvedName]) -> Work[frozenset[ResolvedName]]:
     by_lock = {lock_name(view): view for view in views}
-    held = sql.SQL(LOCK_IS_HELD.as_string(None).replace("%(lock)s", "n.lock"))
+    held = lock_is_held(sql.SQL("n.lock"))
     rows = yield from fetch_all(
         sql.SQL("SELECT n.lock FROM unnest(%s::text[]) AS n (lock) WHERE {}").format(held),
         (list(by_lock),),
