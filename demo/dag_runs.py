@@ -67,22 +67,34 @@ def run_dag(airflow: AirflowServer, dag_id: str, *, scheduled: bool = False) -> 
 
 
 def pause_and_drain(airflow: AirflowServer, dag_id: str) -> None:
-    """Pause a DAG and wait until no run of it is under way.
+    """Pause a DAG when no run of it is under way, and see that it stays so.
+
+    Airflow's scheduler looks at no run of a paused DAG: one that was under way would stay half-way for ever
+    (Airflow 3.3.2, `DagRun.get_running_dag_runs_to_examine`).
 
     :raises DagRunError: when a run does not end, or one has failed.
     """
-    airflow.api.set_paused(dag_id, True)
     deadline = time.monotonic() + RUN_TIMEOUT_SECONDS
-    # A queued run of a paused DAG does not start.
-    while "running" in (states := airflow.api.run_states(dag_id)).values():
-        airflow.check()
-        if time.monotonic() > deadline:
-            raise DagRunError(f"a run of {dag_id} has not ended after {RUN_TIMEOUT_SECONDS:.0f} s")
-        time.sleep(POLL_SECONDS)
+    while True:
+        airflow.api.set_paused(dag_id, True)
+        # A queued run of a paused DAG does not start.
+        states = airflow.api.run_states(dag_id)
+        if "running" not in states.values():
+            break
+        airflow.api.set_paused(dag_id, False)
+        _wait_until_idle(airflow, dag_id, deadline)
     for run_id, state in states.items():
         if state == "failed":
             _print_failures(airflow, dag_id, run_id)
             raise DagRunError(f"{dag_id} failed in {run_id}")
+
+
+def _wait_until_idle(airflow: AirflowServer, dag_id: str, deadline: float) -> None:
+    while "running" in airflow.api.run_states(dag_id).values():
+        airflow.check()
+        if time.monotonic() > deadline:
+            raise DagRunError(f"a run of {dag_id} has not ended after {RUN_TIMEOUT_SECONDS:.0f} s")
+        time.sleep(POLL_SECONDS)
 
 
 def _scheduled_run(airflow: AirflowServer, dag_id: str) -> str | None:
