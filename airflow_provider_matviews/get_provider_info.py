@@ -57,6 +57,15 @@ def get_provider_info() -> dict[str, Any]:
                         "example": "warehouse, finance=matviews_finance",
                         "default": "",
                     },
+                    "actions": {
+                        "description": "The DAG that the page triggers to refresh, verify or mend a view, made by "
+                        "``matview_actions()``; or one for each connection: id=dag_id, with commas between. Where this "
+                        "is empty the page offers nothing of the kind.",
+                        "version_added": "0.1.0",
+                        "type": "string",
+                        "example": "matviews_actions, finance=finance_actions",
+                        "default": "",
+                    },
                 },
             }
         },

@@ -69,7 +69,7 @@ def set_connection(
     monkeypatch.setenv(f"AIRFLOW_CONN_{conn_id.upper()}", json.dumps(connection))
 
 
-def run_dag(dag: DAG) -> DagRun:
+def run_dag(dag: DAG, conf_of_run: Mapping[str, Any] | None = None) -> DagRun:
     """Run a DAG once, to its end, however it ends; what it and Airflow print goes into the outcome's log."""
     make_metadata_database()
     bag = DagBag(dag_folder=conf.get("core", "dags_folder"))
@@ -79,7 +79,7 @@ def run_dag(dag: DAG) -> DagRun:
     out = StringIO()
     try:
         with redirect_stdout(out):
-            run = dag.test()
+            run = dag.test(run_conf=dict(conf_of_run) if conf_of_run else None)
     finally:
         # The task runner leaves its own handler behind, which would keep SIGTERM from ending the tests.
         signal.signal(signal.SIGTERM, on_sigterm)

@@ -11,6 +11,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 from airflow.api_fastapi.app import create_app
+from airflow.api_fastapi.auth.managers.simple.simple_auth_manager import SimpleAuthManager
 from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
 from airflow.configuration import conf
 from airflow.sdk import DAG
@@ -23,12 +24,14 @@ from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.links.matview import MatViewRunLink
 from airflow_provider_matviews.operators.matview import CreateMatViewOperator, RefreshMatViewOperator
 from airflow_provider_matviews.plugins.matviews import MatViewsPlugin
+from airflow_provider_matviews.services import browsing
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.locking import lock_key
 from airflow_provider_matviews.web.settings import shown_connections
 from tests.airflow_dags import make_metadata_database, run_dag, set_connection
 from tests.conftest import Database, hook_on
 from tests.histories import FAILED, RUNNING, SKIPPED, SUCCESS, Past, define, live_through, steady
+from tests.racing import beside, until
 
 Get = Callable[..., Response]
 MV = {"schema_name": "public", "view_name": "mv"}
@@ -71,8 +74,13 @@ def test_nobody_sees_what_is_not_theirs(db: Database, get: Get) -> None:
             "views",
             "runs",
             "staleness",
+            "running",
+            "graph",
+            "actions",
             "view?schema_name=public&view_name=mv",
             "view/catalog?schema_name=public&view_name=mv",
+            "view/plan?schema_name=public&view_name=mv",
+            "view/choice?schema_name=public&view_name=mv",
         )
     ]
     shell = ("/", "/static/app.js", "/static/style.css", "/api/v1/openapi.json", "/api/v1/connections")
@@ -139,6 +147,129 @@ def test_views_are_listed_with_their_state(db: Database, get: Get) -> None:
     stale = {each["view"]: each for each in get("/api/v1/connections/views/staleness").json()["views"]}
     assert stale["good"]["stale"] is True
     assert stale.keys() <= views.keys()
+
+
+def test_no_route_is_forgotten_in_the_table_of_who_may_what(get: Get) -> None:
+    paths = get("/api/v1/openapi.json").json()["paths"]
+    assert {path.removeprefix("/api/v1/connections/{connection_id}/") for path in paths} == {
+        "/api/v1/connections",
+        "views",
+        "runs",
+        "runs/{run_id}",
+        "staleness",
+        "running",
+        "graph",
+        "actions",
+        "view",
+        "view/catalog",
+        "view/plan",
+        "view/choice",
+    }
+    # Nothing that changes anything is asked for here: actions are Airflow's own to trigger.
+    assert {method for routes in paths.values() for method in routes} == {"get"}
+
+
+def test_who_may_trigger_the_dag_may_act(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/api/v1/connections/views/actions"
+    assert get(path).json() == {"dag_id": None, "actions": []}
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__ACTIONS", "matviews_actions")
+    assert get(path).json() == {"dag_id": "matviews_actions", "actions": ["refresh", "verify", "apply"]}
+    monkeypatch.setattr(SimpleAuthManager, "is_authorized_dag", lambda *_, method, **__: method == "GET")
+    assert get(path).json() == {"dag_id": "matviews_actions", "actions": []}
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__ACTIONS", "a=b=c")
+    assert get(path).status_code == 503
+
+
+def test_a_view_is_compared_with_what_it_was_declared_to_be(db: Database, get: Get) -> None:
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a", comment="mine", unique_index_columns=("a",)))
+    path = "/api/v1/connections/views/view/plan"
+    assert get(path, params=MV).json()["steps"] == []
+    db.execute("COMMENT ON MATERIALIZED VIEW mv IS 'of another'", "DROP INDEX mv_a_key", "GRANT SELECT ON mv TO PUBLIC")
+    before = db.rows("SELECT oid::bigint, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1")
+    found = get(path, params=MV).json()
+    assert {step["kind"] for step in found["steps"]} == {"build index", "comment"}
+    assert any("CREATE UNIQUE INDEX" in sql for step in found["steps"] for sql in step["sql"])
+    assert found["left_alone"] != []
+    assert db.value("SELECT obj_description('mv'::regclass)") == "of another"
+    after = db.rows("SELECT oid::bigint, relname FROM pg_class WHERE relnamespace = 'public'::regnamespace ORDER BY 1")
+    assert after == before
+    assert len(hook.runs()) == 1
+    # Another query, by hand: a diff.
+    db.execute("DROP MATERIALIZED VIEW mv", "CREATE MATERIALIZED VIEW mv AS SELECT 2 AS a")
+    (changed,) = (s for s in get(path, params=MV).json()["steps"] if s["kind"] == "change query")
+    assert "- SELECT 2 AS a;" in "\n".join(changed["detail"]).replace("-  ", "- ")
+    assert any(line.startswith("+") and "1 AS a" in line for line in changed["detail"])
+
+
+def test_what_cannot_be_compared_says_why(db: Database, get: Get) -> None:
+    path = "/api/v1/connections/views/view/plan"
+    assert get(path, params=MV).status_code == 404
+    db.execute("CREATE TABLE t AS SELECT 1 AS a", "CREATE MATERIALIZED VIEW of_others AS SELECT 1 AS a")
+    hook = hook_on(db)
+    hook.refresh("of_others")
+    answer = get(path, params={**MV, "view_name": "of_others"})
+    assert (answer.status_code, "never declared" in answer.json()["detail"]) == (404, True)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT a FROM t"))
+    db.execute("DROP TABLE t CASCADE")
+    answer = get(path, params=MV)
+    assert (answer.status_code, answer.json()["detail"]) == (
+        409,
+        'It cannot be compared: relation "t" does not exist.',
+    )
+
+
+def test_what_auto_would_choose_now_is_said_with_its_reason(db: Database, get: Get) -> None:
+    hook = hook_on(db)
+    hook.create(MatViewDefinition(name="mv", sql="SELECT 1 AS a", refresh_strategy="regular"))
+    path = "/api/v1/connections/views/view/choice"
+    found = get(path, params=MV).json()
+    assert (found["declared"], found["strategy"]) == ("regular", "swap")
+    assert "no unique index" in found["reason"]
+    db.execute("CREATE UNIQUE INDEX ON mv (a)")
+    assert get(path, params=MV).json()["strategy"] == "concurrent"
+    (chosen, _) = (hook.refresh("mv", refresh_strategy="auto"), hook.runs())
+    assert chosen.response["strategy"] == "concurrent"
+    # Of others, and not on record.
+    db.execute("CREATE MATERIALIZED VIEW other AS SELECT 1 AS a WITH NO DATA")
+    found = get(path, params={**MV, "view_name": "other"}).json()
+    assert (found["declared"], found["strategy"]) == ("auto", "regular")
+    assert get(path, params={**MV, "view_name": "none"}).status_code == 404
+
+
+def test_what_runs_is_shown_with_how_far_it_is(db: Database, get: Get) -> None:
+    path = "/api/v1/connections/views/running"
+    assert get(path).json() == {"runs": []}
+    hook = hook_on(db)
+    db.execute("CREATE TABLE t (a int)")
+    hook.create(MatViewDefinition(name="mv", sql="SELECT a FROM t"))
+    hook.refresh("mv", refresh_strategy="regular")
+    with db.connect() as changer:
+        changer.execute("BEGIN")
+        changer.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+        with beside(lambda: hook.refresh("mv", refresh_strategy="regular"), changer.close) as refreshing:
+            until(db, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+            (run,) = get(path).json()["runs"]
+            # Nobody who looks waits for it.
+            assert get("/api/v1/connections/views/views").json()["views"][0]["state"] == "running"
+    assert refreshing.result().status == "updated"
+    assert "waiting for a lock behind" in run["said"]
+    assert (run["operation"], run["view_name"], run["run_id"]) == ("refresh", "mv", hook.runs()[0].id)
+    assert run["usual_seconds"] < 5
+    assert get(path).json() == {"runs": []}
+
+
+def test_no_question_has_an_answer_without_end(db: Database, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(browsing, "MOST_ROWS", 3)
+    ids = define(db, "a", "b", "c")
+    live_through(db, ids["a"], steady())
+    assert get("/api/v1/connections/views/views").status_code == 200
+    define(db, "d")
+    for path in ("views", "staleness", "runs"):
+        answer = get(f"/api/v1/connections/views/{path}")
+        assert answer.status_code == 422, path
+        assert "more than 3 of these" in answer.json()["detail"]
+    assert get("/api/v1/connections/views/runs?limit=3").status_code == 200
 
 
 def test_a_running_view_and_a_lost_one_are_told_apart(db: Database, get: Get) -> None:

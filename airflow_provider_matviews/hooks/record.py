@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.hooks.server import ServerHook
 from airflow_provider_matviews.names import ViewName, check_identifier
@@ -13,16 +15,29 @@ from airflow_provider_matviews.retention import EVERY_VIEW, RetentionPolicy
 from airflow_provider_matviews.rules import AlertRules
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_views
-from airflow_provider_matviews.services.browsing import CatalogPage, catalog_page, read_only, recorded
+from airflow_provider_matviews.services.browsing import (
+    CatalogPage,
+    Choice,
+    catalog_page,
+    declared_definition,
+    read_only,
+    recorded,
+    under_way,
+    view_choice,
+)
+from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Session, Work
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Run
 from airflow_provider_matviews.services.metrics import ViewMetrics, read_metrics
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
 from airflow_provider_matviews.services.pg_cron import CronImport, import_runs
+from airflow_provider_matviews.services.plan_steps import Plan
 from airflow_provider_matviews.services.reap import reap_runs
 from airflow_provider_matviews.services.retention import PruneResponse, Pruning, prune_runs
 from airflow_provider_matviews.services.selection import Selection
+from airflow_provider_matviews.services.underway import UnderWay
+from airflow_provider_matviews.timeouts import Timeouts
 
 _T = TypeVar("_T")
 
@@ -84,6 +99,54 @@ class RecordHook(ServerHook):
     def browse_catalog(self, schema_name: str, view_name: str, *, seconds: float = 5.0) -> CatalogPage | None:
         """Read what the catalogs say of a view, as :meth:`browse` reads the record; None where it does not stand."""
         return self._read(read_only(catalog_page(schema_name, view_name), seconds, Session.WORK))
+
+    def browse_choice(self, schema_name: str, view_name: str, *, seconds: float = 5.0) -> Choice | None:
+        """Say what ``auto`` would choose for a view now, and why, as :meth:`browse` does; None where none stands.
+
+        :raises NotAMaterializedView: when something else stands under its name.
+        """
+        return self._read(view_choice(self._ledger, schema_name, view_name, seconds))
+
+    def under_way(self, *, seconds: float = 5.0) -> list[UnderWay]:
+        """Say what runs now, and how far it is, as :meth:`browse` does. Nothing of it is waited for."""
+        return self._read(under_way(self._ledger, seconds))
+
+    def browse_plan(self, schema_name: str, view_name: str, *, seconds: float = 5.0) -> Plan | None:
+        """Compare a view with what it was last declared to be, as ``plan()`` does.
+
+        :param seconds: that one statement may take, or wait for a lock; twice that in all.
+        :returns: None for a view that was never declared.
+        :raises MatViewError: when the definition can be compared no more.
+        :raises psycopg.Error: what PostgreSQL says of the definition.
+        """
+        view = ResolvedName(schema_name, view_name, view_name)
+        definition = self.browse(lambda ledger: declared_definition(ledger, view), seconds=seconds)
+        if definition is None:
+            return None
+        # What the definition allows itself is no measure for who waits at a screen.
+        definition = replace(definition, timeouts={}, session_settings={})
+        limits = Timeouts(statement_timeout=seconds, lock_timeout=seconds, max_wait=seconds, timeout=2 * seconds)
+        return self._read(self._operations.plan(definition, timeouts=limits))
+
+    def declared_definition(self, view: str) -> MatViewDefinition:
+        """Return what a view was last declared to be, by an operator, the hook or the command line.
+
+        :param view: its name.
+        :raises InvalidDefinition: when it was never declared; or by a version that knew other arguments.
+        """
+        name = ViewName.parse(view)
+
+        def read() -> Work[MatViewDefinition | None]:
+            resolved = yield from catalog.resolve(name, session=Session.RECORD)
+            return (yield from declared_definition(self._ledger, resolved))
+
+        found = self._read(recorded(self._ledger, lambda _: read()))
+        if found is None:
+            raise InvalidDefinition(
+                f"{name} was never declared, so there is no definition of it to go by.",
+                hint="create it from a definition, or adopt it (airflow matviews adopt) and create it from that.",
+            )
+        return found
 
     def metrics(
         self,

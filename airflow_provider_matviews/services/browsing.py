@@ -4,24 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, TypeVar
 
 import psycopg
 from psycopg import sql
 
+from airflow_provider_matviews.definition import MatViewDefinition, RefreshStrategy
+from airflow_provider_matviews.exceptions import MatViewError
+from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.services import catalog
 from airflow_provider_matviews.services.attachments import Attachment, attachments_of
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
-from airflow_provider_matviews.services.instructions import Command, Session, Work, fetch_all, fetch_one
+from airflow_provider_matviews.services.instructions import Command, Query, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
 from airflow_provider_matviews.services.metrics import number, read_recorded
 from airflow_provider_matviews.services.overview import ViewGlance, glance
+from airflow_provider_matviews.services.refresh import situation_of
 from airflow_provider_matviews.services.staleness import Judgement, judge_views
+from airflow_provider_matviews.services.strategies.auto import PastRefresh, Situation, choose
+from airflow_provider_matviews.services.underway import UnderWay, look_at, running_now
 
 _T = TypeVar("_T")
+
+#: No question has an answer of more rows.
+MOST_ROWS = 20_000
+# In order: a subquery with ORDER BY is not taken apart by the planner.
+_LIMITED = sql.SQL("SELECT * FROM ({}) AS asked LIMIT {}")
 
 
 @dataclass(frozen=True)
@@ -41,25 +52,58 @@ class RunPage:
     next_id: int | None
 
 
+class TooManyRows(MatViewError):
+    """There is more of it than anybody could look at."""
+
+
 def read_only(work: Work[_T], seconds: float, session: Session = Session.RECORD) -> Work[_T]:
-    """Do something in one transaction that may change nothing, and none of whose statements takes long.
+    """Do something in one transaction that may change nothing, whose statements take no longer and give no more rows
+    than somebody at a screen could do with.
 
     In a transaction, because behind a pooler what a session is told would stay there for others.
 
-    :param work: that uses no connection but that one.
+    :param work: whose use of that connection is limited.
     :param seconds: that a statement of it may take, or wait for a lock.
     :raises psycopg.errors.QueryCanceled: when one took longer.
+    :raises TooManyRows: when one gives more than ``MOST_ROWS`` rows.
     """
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"), session)
     try:
         for setting in ("statement_timeout", "lock_timeout"):
             limit = sql.Literal(f"{round(seconds * 1000)}ms")
             yield Command(sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(setting), limit), session)
-        return (yield from work)
+        return (yield from _few_rows(work, session))
     finally:
         # A connection that is lost has nothing left to end.
         with suppress(psycopg.Error):
             yield Command(sql.SQL("ROLLBACK"), session, undoing=True)
+
+
+def _few_rows(work: Work[_T], session: Session) -> Work[_T]:
+    """Limit every query of some work, on the server; none can be forgotten that way."""
+    try:
+        instruction = next(work)
+        while True:
+            limited = isinstance(instruction, Query) and instruction.session is session
+            if isinstance(instruction, Query) and limited:
+                instruction = replace(
+                    instruction, statement=_LIMITED.format(instruction.statement, sql.Literal(MOST_ROWS + 1))
+                )
+            try:
+                result = yield instruction
+            except BaseException as error:
+                instruction = work.throw(error)
+                continue
+            if limited and len(result.rows) > MOST_ROWS:
+                work.close()
+                raise TooManyRows(
+                    f"There are more than {MOST_ROWS:,} of these, which is more than this page reads.",
+                    hint="ask for part of them, or read the tables with SQL.",
+                )
+            instruction = work.send(result)
+    except StopIteration as end:
+        ended: _T = end.value
+        return ended
 
 
 def recorded(ledger: Ledger, question: Callable[[Ledger], Work[_T | None]]) -> Work[_T | None]:
@@ -317,3 +361,76 @@ def view_graph(schema_name: str | None, view_name: str | None) -> Work[Graph | N
         {name: needed & shown for name, needed in graph.needs.items() if name in shown},
         {name: tables for name, tables in graph.sources.items() if name in shown},
     )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a refresh would go now.
+
+    :ivar declared: the strategy that the definition says; of a view that was never declared ``auto``.
+    :ivar strategy: what ``auto`` would choose.
+    :ivar reason: why, in one clause.
+    :ivar swap_obstacles: why it cannot be swapped; empty where it can.
+    :ivar bloat: how many times the room of the last rebuild a row of it takes; None where unknown.
+    """
+
+    declared: str
+    strategy: str
+    reason: str
+    swap_obstacles: list[str]
+    bloat: float | None
+
+
+def view_choice(ledger: Ledger, schema_name: str, view_name: str, seconds: float) -> Work[Choice | None]:
+    """Say what ``auto`` would choose for a view now; None where it does not stand. Locks nothing beyond reading."""
+    view = ResolvedName(schema_name, view_name, view_name)
+
+    def of_record() -> Work[tuple[DefinitionRecord, list[PastRefresh]] | None]:
+        definition = yield from ledger.glance(view)
+        return None if definition is None else (definition, (yield from ledger.past_refreshes(definition.id)))
+
+    def now(past: list[PastRefresh]) -> Work[tuple[Situation, RefreshStrategy, str] | None]:
+        server, _ = yield from catalog.arrive(ViewName(view_name, schema_name))
+        facts = yield from catalog.find_view(view)
+        if facts is None:
+            return None
+        situation = yield from situation_of(facts, (yield from catalog.indexes_of(facts.oid)), server, past)
+        return situation, *choose(situation)
+
+    known = yield from recorded(ledger, lambda _: read_only(of_record(), seconds))
+    definition, past = known or (None, [])
+    chosen = yield from read_only(now(past), seconds, Session.WORK)
+    if chosen is None:
+        return None
+    situation, strategy, reason = chosen
+    return Choice(
+        (definition.refresh_strategy if definition else RefreshStrategy.AUTO).value,
+        strategy.value,
+        reason,
+        list(situation.swap_obstacles),
+        situation.bloat,
+    )
+
+
+def under_way(ledger: Ledger, seconds: float) -> Work[list[UnderWay]]:
+    """Look at what runs now; nothing of it is waited for."""
+    running = (yield from recorded(ledger, lambda _: read_only(running_now(ledger), seconds))) or []
+    if not running:
+        return []
+
+    def looks() -> Work[list[UnderWay]]:
+        found = []
+        for each in running:
+            found.append((yield from look_at(*each)))
+        return found
+
+    return (yield from read_only(looks(), seconds, Session.WORK))
+
+
+def declared_definition(ledger: Ledger, view: ResolvedName) -> Work[MatViewDefinition | None]:
+    """Return what a view was last declared to be, under its name with its schema; None where it never was."""
+    known = yield from ledger.glance(view)
+    if known is None or not known.declaration:
+        return None
+    name = str(ViewName(known.view_name, known.schema_name))
+    return MatViewDefinition.from_dict({**known.declaration, "name": name, "renamed_from": None})

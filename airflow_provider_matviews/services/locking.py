@@ -149,16 +149,27 @@ def _deferral_key(deferral: str) -> sql.Composed:
 def lock_is_held(lock: sql.Composable) -> sql.Composed:
     """Return the expression of whether anybody holds the advisory lock of a name.
 
-    pg_locks shows a key of 64 bits in two columns; every role may ask
-    (https://www.postgresql.org/docs/current/view-pg-locks.html).
+    :param lock: the expression of the lock's name.
+    """
+    return sql.SQL("EXISTS ({})").format(_holders(lock))
+
+
+def lock_holder(lock: sql.Composable) -> sql.Composed:
+    """Return the expression of which server process holds the advisory lock of a name; NULL where none does.
 
     :param lock: the expression of the lock's name.
     """
+    return sql.SQL("({} LIMIT 1)").format(_holders(lock))
+
+
+def _holders(lock: sql.Composable) -> sql.Composed:
+    # A key of 64 bits stands in two columns; every role may ask
+    # (https://www.postgresql.org/docs/current/view-pg-locks.html).
     return sql.SQL(
-        "EXISTS (SELECT FROM pg_catalog.pg_locks l, (SELECT hashtextextended({}, 0) AS key) k "
+        "SELECT l.pid FROM pg_catalog.pg_locks l, (SELECT hashtextextended({}, 0) AS key) k "
         "WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 "
         "AND l.database = (SELECT oid FROM pg_catalog.pg_database WHERE datname = current_database()) "
-        "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key)"
+        "AND (l.classid::bigint << 32 | l.objid::bigint) = k.key"
     ).format(lock)
 
 

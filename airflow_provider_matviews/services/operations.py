@@ -110,7 +110,9 @@ class Operations:
         }
         return self._recorded(Operation.CREATE, definition, service, request, **manners)
 
-    def plan(self, definition: MatViewDefinition, *, exclusive: bool | None = None) -> Work[Plan]:
+    def plan(
+        self, definition: MatViewDefinition, *, exclusive: bool | None = None, timeouts: Timeouts | None = None
+    ) -> Work[Plan]:
         """Return the work of :meth:`MatViewHook.plan`."""
         if not isinstance(definition, MatViewDefinition):
             raise InvalidDefinition(f"plan() takes a MatViewDefinition, not {definition!r}.")
@@ -123,7 +125,11 @@ class Operations:
             return prepared.report.end("skipped")
 
         def work() -> Work[Plan]:
-            settings = Terms(session_settings=dict(definition.session_settings), longest=self.longest)
+            settings = Terms(
+                timeouts=timeouts or Timeouts(),
+                session_settings=dict(definition.session_settings),
+                longest=self.longest,
+            )
             subject = Subject(definition.view, definition)
             yield from rehearse_run(Operation.CREATE, subject, self.ledger, settings, service, quiet=True)
             return plan[0]

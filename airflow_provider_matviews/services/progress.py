@@ -164,6 +164,7 @@ class Progress:
     :param report: of the operation; says which step runs now.
     :param begun: when it began, by the report's clock.
     :param history: returns the view's latest successful refreshes, newest first. Asked once.
+    :param since: from when on its time is compared with theirs; None for from now on.
     """
 
     view: ResolvedName
@@ -172,13 +173,14 @@ class Progress:
     report: Report
     begun: float
     history: Callable[[], Work[Sequence[PastRefresh]]]
+    since: float | None = None
     _since: float = field(init=False)
     _past: Sequence[PastRefresh] | None = field(init=False, default=None)
     _sizes: bool | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         # What went before, a wait for another operation on the view, says nothing about how long this one takes.
-        self._since = self.report.clock()
+        self._since = self.report.clock() if self.since is None else self.since
 
     def line(self) -> Work[str | None]:
         """Have one look and return what there is to tell; None where the operation's process is gone.

@@ -63,17 +63,7 @@ def refresh_view(
     job = Refreshing(view, facts, tuple(indexes), unique_index_columns, server, row_counts, patience, report, analyze)
     if strategy is RefreshStrategy.AUTO:
         past = (yield from history()) if history else []
-        situation = auto.Situation(
-            populated=facts.populated,
-            indexes=indexes,
-            swap_obstacles=(yield from _swap_obstacles(facts, server)),
-            heap_bytes=(yield from catalog.heap_size_of(facts.oid)),
-            # The planner's estimate lags behind; the last run has counted.
-            rows=past[0].rows if past and past[0].rows is not None else facts.estimated_rows,
-            history=past,
-            max_bloat=max_bloat,
-            owner_may_temp=facts.owner_may_temp,
-        )
+        situation = yield from situation_of(facts, indexes, server, past, max_bloat)
         yield from _by_choice(situation, job)
     else:
         yield Note(f"Strategy {strategy.value}, as asked for.")
@@ -84,9 +74,30 @@ def refresh_view(
     return report.end("updated")
 
 
-def _swap_obstacles(facts: ViewFacts, server: ServerFacts) -> Work[list[str]]:
-    found = yield from obstacles(facts, server)
-    return found + (yield from reader_hazards(facts.oid))
+def situation_of(
+    facts: ViewFacts,
+    indexes: Sequence[catalog.IndexFacts],
+    server: ServerFacts,
+    past: Sequence[auto.PastRefresh],
+    max_bloat: float = 1.5,
+) -> Work[auto.Situation]:
+    """Return the facts from which ``auto`` chooses. Only reads.
+
+    :param past: the view's latest successful refreshes, newest first.
+    :param max_bloat: as of :func:`refresh_view`.
+    """
+    swap_obstacles = yield from obstacles(facts, server)
+    return auto.Situation(
+        populated=facts.populated,
+        indexes=indexes,
+        swap_obstacles=swap_obstacles + (yield from reader_hazards(facts.oid)),
+        heap_bytes=(yield from catalog.heap_size_of(facts.oid)),
+        # The planner's estimate lags behind; the last run has counted.
+        rows=past[0].rows if past and past[0].rows is not None else facts.estimated_rows,
+        history=past,
+        max_bloat=max_bloat,
+        owner_may_temp=facts.owner_may_temp,
+    )
 
 
 def _by_choice(situation: auto.Situation, job: Refreshing) -> Work[None]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from airflow.api_fastapi.app import get_auth_manager
-from airflow.api_fastapi.auth.managers.models.resource_details import ConnectionDetails
-from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_connection
-from fastapi import Depends, HTTPException, Path, status
+from airflow.api_fastapi.auth.managers.models.resource_details import ConnectionDetails, DagAccessEntity
+from airflow.api_fastapi.core_api.security import GetUserDep, requires_access_connection, requires_access_dag
+from fastapi import Depends, HTTPException, Path, Request, status
 
 from airflow_provider_matviews.exceptions import InvalidDefinition
-from airflow_provider_matviews.web.settings import shown_connections
+from airflow_provider_matviews.web.settings import action_dag, shown_connections
 
 #: Raises where the user may not read the connection that the path names.
 may_read = requires_access_connection("GET")
@@ -46,3 +46,23 @@ def readable_connections(user: GetUserDep) -> list[str]:
         for connection_id in _shown_connections()
         if manager.is_authorized_connection(method="GET", details=ConnectionDetails(conn_id=connection_id), user=user)
     ]
+
+
+def may_trigger(request: Request, user: GetUserDep, shown: Shown) -> tuple[str | None, bool]:
+    """Return the DAG that acts on the views of a connection, if any, and whether the user may trigger it.
+
+    What decides in the end is Airflow itself, which the page asks to trigger it.
+    """
+    try:
+        dag_id = action_dag(shown[0])
+    except InvalidDefinition as error:
+        raise HTTPException(status.HTTP_503_SERVICE_UNAVAILABLE, str(error)) from error
+    if dag_id is None:
+        return None, False
+    try:
+        requires_access_dag("POST", DagAccessEntity.RUN, dag_id)(request, user)
+    except HTTPException as error:
+        if error.status_code != status.HTTP_403_FORBIDDEN:
+            raise
+        return dag_id, False
+    return dag_id, True

@@ -11,13 +11,22 @@ from airflow.providers.common.compat.sdk import AirflowNotFoundException
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, status
 from pydantic import BaseModel
 
-from airflow_provider_matviews.exceptions import MatViewError, NotAMaterializedView
+from airflow_provider_matviews.exceptions import (
+    InvalidDefinition,
+    MatViewError,
+    MissingPrivilege,
+    NotAMaterializedView,
+    UnsupportedServer,
+    ViewLocked,
+)
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services import browsing
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.overview import ViewGlance, read_overview
-from airflow_provider_matviews.web.access import Shown, may_read, readable_connections
+from airflow_provider_matviews.services.plan_steps import Plan
+from airflow_provider_matviews.web.access import Shown, may_read, may_trigger, readable_connections
+from airflow_provider_matviews.web.settings import ACTIONS
 
 #: The greatest bigint: what is beyond it is no id.
 _LARGEST_ID = 2**63 - 1
@@ -223,6 +232,68 @@ class CatalogDetail(BaseModel):
     attachments: list[Attached]
 
 
+class PlanStepDetail(BaseModel):
+    """One thing in which a view differs from its definition, and what would mend it."""
+
+    kind: str
+    subject: str
+    title: str
+    why: str
+    detail: list[str]
+    sql: list[str]
+    lock: str
+    cost: str
+
+
+class PlanDetail(BaseModel):
+    """In what a view differs from what it was last declared to be."""
+
+    stands: bool
+    steps: list[PlanStepDetail]
+    left_alone: list[str]
+    refusals: list[str]
+    notes: list[str]
+
+
+class ChoiceDetail(BaseModel):
+    """How a refresh would go now: the strategy declared, and what ``auto`` would choose."""
+
+    declared: str
+    strategy: str
+    reason: str
+    swap_obstacles: list[str]
+    bloat: float | None
+
+
+class RunUnderWay(BaseModel):
+    """An operation that runs now. ``said`` is None where it cannot be seen how far it is."""
+
+    run_id: int
+    schema_name: str
+    view_name: str
+    operation: str
+    started_at: datetime
+    seconds: float
+    usual_seconds: float | None
+    said: str | None
+
+
+class RunsUnderWay(BaseModel):
+    """What runs now behind a connection, the longest first; up to 20."""
+
+    runs: list[RunUnderWay]
+
+
+class ActionList(BaseModel):
+    """What may be done about the views of a connection: by triggering a DAG, by Airflow's own API.
+
+    ``dag_id`` is None where the configuration names none; ``actions`` is empty where the caller may not trigger it.
+    """
+
+    dag_id: str | None
+    actions: list[str]
+
+
 @router.get("/connections")
 def list_connections(connections: Annotated[list[str], Depends(readable_connections)]) -> ConnectionList:
     """List the connections that the configuration names and the caller may read."""
@@ -321,12 +392,73 @@ def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewD
 @router.get(_OF_CONNECTION + "/view/catalog", dependencies=[Depends(may_read)])
 def read_catalog(shown: Shown, schema_name: NamePart, view_name: NamePart) -> CatalogDetail:
     """Read what the catalogs say of one view; this waits for whoever has locked it, for a while."""
-    page = _answer(shown, lambda hook: hook.browse_catalog(schema_name, view_name, seconds=LONGEST_STATEMENT))
+    hook = _hook(shown)
+    page = _answer(lambda: hook.browse_catalog(schema_name, view_name, seconds=LONGEST_STATEMENT))
     return CatalogDetail(
         **{name: value for name, value in vars(page).items() if name not in ("columns", "attachments")},
         columns=[Column(name=name, type=kind) for name, kind in page.columns],
         attachments=[Attached(kind=each.kind, key=each.key, description=each.description) for each in page.attachments],
     )
+
+
+@router.get(_OF_CONNECTION + "/view/plan", dependencies=[Depends(may_read)])
+def read_plan(shown: Shown, schema_name: NamePart, view_name: NamePart) -> PlanDetail:
+    """Compare a view with what it was last declared to be, in a transaction that is rolled back."""
+    hook = _hook(shown)
+
+    def compare() -> Plan | None:
+        try:
+            return hook.browse_plan(schema_name, view_name, seconds=LONGEST_STATEMENT)
+        except (InvalidDefinition, MissingPrivilege, UnsupportedServer) as error:
+            raise HTTPException(status.HTTP_409_CONFLICT, hook.redact(str(error))) from error
+        except psycopg.ProgrammingError as error:
+            # What the server says of the definition, which the caller may read.
+            told = error.diag.message_primary or type(error).__name__
+            raise HTTPException(status.HTTP_409_CONFLICT, hook.redact(f"It cannot be compared: {told}.")) from error
+
+    plan = _answer(compare, nothing_of_it="It was never declared, so there is nothing to compare it with.")
+    return PlanDetail(
+        stands=plan.stands,
+        steps=[PlanStepDetail(title=step.title, **step.as_dict()) for step in plan.steps],
+        left_alone=list(plan.left_alone),
+        refusals=list(plan.refusals),
+        notes=list(plan.notes),
+    )
+
+
+@router.get(_OF_CONNECTION + "/view/choice", dependencies=[Depends(may_read)])
+def read_choice(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ChoiceDetail:
+    """Say what ``auto`` would choose for a view now, and why."""
+    hook = _hook(shown)
+    return ChoiceDetail(**vars(_answer(lambda: hook.browse_choice(schema_name, view_name, seconds=LONGEST_STATEMENT))))
+
+
+@router.get(_OF_CONNECTION + "/running", dependencies=[Depends(may_read)])
+def list_running(shown: Shown) -> RunsUnderWay:
+    """Say what runs now, and how far it is."""
+    hook = _hook(shown)
+    return RunsUnderWay(
+        runs=[
+            RunUnderWay(
+                run_id=each.run_id,
+                schema_name=each.view.schema,
+                view_name=each.view.name,
+                operation=each.operation,
+                started_at=each.started_at,
+                seconds=each.seconds,
+                usual_seconds=each.usual_seconds,
+                said=each.said and hook.redact(each.said),
+            )
+            for each in _answer(lambda: hook.under_way(seconds=LONGEST_STATEMENT))
+        ]
+    )
+
+
+@router.get(_OF_CONNECTION + "/actions", dependencies=[Depends(may_read)])
+def list_actions(trigger: Annotated[tuple[str | None, bool], Depends(may_trigger)]) -> ActionList:
+    """Say which DAG acts on views, and what of it the caller may ask for."""
+    dag_id, may = trigger
+    return ActionList(dag_id=dag_id, actions=list(ACTIONS) if may else [])
 
 
 def _summary(each: ViewGlance) -> ViewSummary:
@@ -379,19 +511,26 @@ def _told(error: object) -> str | None:
     return None if error is None else str(error)
 
 
-def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]], nothing: Any = None) -> _T:
-    return _answer(shown, lambda hook: hook.browse(question, seconds=LONGEST_STATEMENT), nothing)
-
-
-def _answer(shown: tuple[str, str], ask: Callable[[MatViewHook], _T | None], nothing: Any = None) -> _T:
+def _hook(shown: tuple[str, str]) -> MatViewHook:
     connection_id, tracking_schema = shown
+    return MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema)
+
+
+def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]], nothing: Any = None) -> _T:
+    hook = _hook(shown)
+    return _answer(lambda: hook.browse(question, seconds=LONGEST_STATEMENT), nothing)
+
+
+def _answer(ask: Callable[[], _T | None], nothing: Any = None, *, nothing_of_it: str = _NOTHING) -> _T:
     try:
-        answer = ask(MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema))
+        answer = ask()
     except AirflowNotFoundException as error:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "Airflow knows no such connection.") from error
     except NotAMaterializedView as error:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "What stands there is no materialized view.") from error
-    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable) as error:
+    except browsing.TooManyRows as error:
+        raise HTTPException(status.HTTP_422_UNPROCESSABLE_CONTENT, str(error)) from error
+    except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable, ViewLocked) as error:
         raise HTTPException(status.HTTP_504_GATEWAY_TIMEOUT, "The database took too long to answer.") from error
     except (MatViewError, psycopg.Error) as error:
         # Not in the server's own words, which may tell of its host and its user.
@@ -401,5 +540,5 @@ def _answer(shown: tuple[str, str], ask: Callable[[MatViewHook], _T | None], not
     if answer is None:
         answer = nothing
     if answer is None:
-        raise HTTPException(status.HTTP_404_NOT_FOUND, _NOTHING)
+        raise HTTPException(status.HTTP_404_NOT_FOUND, nothing_of_it)
     return answer

@@ -10,6 +10,8 @@ from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
 from airflow_provider_matviews.names import check_identifier
 
 SECTION = "matviews"
+#: What one may ask for on the page: new rows; whether they are right; what the definition says.
+ACTIONS = ("refresh", "verify", "apply")
 #: Where the page is mounted.
 URL_PREFIX = "/matviews"
 
@@ -46,11 +48,40 @@ def shown_connections() -> dict[str, str]:
     return shown
 
 
-def _refused(place: int, why: str) -> InvalidDefinition:
+def action_dag(connection_id: str) -> str | None:
+    """Return the DAG that acts on the views of a connection when somebody asks for it on the page; None for none.
+
+    ``[matviews] actions = matviews_actions, finance=finance_actions``: a DAG alone is that of all connections that
+    are not named.
+
+    :raises InvalidDefinition: when it cannot be read.
+    """
+    of_all: str | None = None
+    found: dict[str, str] = {}
+    for place, entry in enumerate(conf.get(SECTION, "actions", fallback="").split(","), 1):
+        parts = [part.strip() for part in entry.split("=")]
+        if parts == [""]:
+            continue
+        if len(parts) > 2 or not all(parts):
+            raise _refused(place, "is neither a DAG nor connection=DAG", "actions", "matviews_actions")
+        *named, dag_id = parts
+        known = found.get(named[0]) if named else of_all
+        if known not in (None, dag_id):
+            raise _refused(place, "says another DAG than an entry before it", "actions", "matviews_actions")
+        if named:
+            found[named[0]] = dag_id
+        else:
+            of_all = dag_id
+    return found.get(connection_id, of_all)
+
+
+def _refused(
+    place: int, why: str, option: str = "connections", example: str = "warehouse, finance=matviews_finance"
+) -> InvalidDefinition:
     return InvalidDefinition(
-        f"The option connections in the section [{SECTION}] of Airflow's configuration cannot be read: "
+        f"The option {option} in the section [{SECTION}] of Airflow's configuration cannot be read: "
         f"entry {place} of it {why.removesuffix('.')}.",
-        hint="write connections = warehouse, finance=matviews_finance",
+        hint=f"write {option} = {example}",
     )
 
 

@@ -1,0 +1,1 @@
+"""Whole DAGs, for a DAG file of one line."""
