@@ -43,6 +43,28 @@ def fill(connection: psycopg.Connection[Any], runs: int, views: int) -> None:
     connection.execute("VACUUM (ANALYZE) matviews.mat_view_runs")
 
 
+def stand_up(connection: psycopg.Connection[Any]) -> None:
+    """Make a small view for each that is on record, a third of them over the one before."""
+    connection.execute("CREATE SCHEMA IF NOT EXISTS analytics")
+    connection.execute("CREATE TABLE IF NOT EXISTS analytics.source AS SELECT g AS a FROM generate_series(1, 100) g")
+    connection.execute(
+        """
+        DO $$
+        DECLARE
+            view record;
+            before text := 'source';
+        BEGIN
+            FOR view IN SELECT view_name, id FROM matviews.mat_view_definitions ORDER BY id LOOP
+                EXECUTE format('CREATE MATERIALIZED VIEW analytics.%I AS SELECT a FROM analytics.%I', view.view_name,
+                               CASE WHEN view.id % 3 = 0 THEN before ELSE 'source' END);
+                before := view.view_name;
+            END LOOP;
+        END $$
+        """
+    )
+    connection.execute("ANALYZE")
+
+
 def queries() -> dict[str, str]:
     """Return the queries of the document, by the headings that they stand under."""
     blocks = re.findall(r"^### (.+?)\n.*?```sql\n(.+?)```", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE)

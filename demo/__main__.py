@@ -24,6 +24,7 @@ EXAMPLE_DAGS = Path(__file__).resolve().parent.parent / "example_dags"
 CREATE, REFRESH, DELETE, DRIFT = "matviews_create", "matviews_refresh", "matviews_delete", "matviews_drift"
 FLEET, NIGHTLY, AFTER = "matviews_fleet", "matviews_nightly", "matviews_after_refresh"
 ALERTS, VERIFY, RETENTION = "matviews_alerts", "matviews_verify", "matviews_retention"
+ACTIONS = "matviews_actions"
 POLL_SECONDS = 1.0
 NEW_EVENTS_EVERY_SECONDS = 20.0
 
@@ -65,7 +66,9 @@ def _run(*, once: bool) -> int:
             "login": "postgres",
             "schema": DATABASE,
         }
-        airflow = stack.enter_context(AirflowServer(EXAMPLE_DAGS, {"warehouse": connection}))
+        airflow = stack.enter_context(
+            AirflowServer(EXAMPLE_DAGS, {"warehouse": connection}, {"AIRFLOW__MATVIEWS__ACTIONS": ACTIONS})
+        )
         airflow.begin_migration()
         warehouse = Warehouse(server)
         stack.callback(warehouse.close)
@@ -74,7 +77,9 @@ def _run(*, once: bool) -> int:
         warehouse.load()
         airflow.start()
         say(f"Airflow is healthy: {airflow.url}")
-        wait_for_dags(airflow, (CREATE, REFRESH, DELETE, DRIFT, FLEET, NIGHTLY, AFTER, ALERTS, VERIFY, RETENTION))
+        wait_for_dags(
+            airflow, (CREATE, REFRESH, DELETE, DRIFT, FLEET, NIGHTLY, AFTER, ALERTS, VERIFY, RETENTION, ACTIONS)
+        )
         run_dag(airflow, CREATE)
         if once:
             _refresh_and_delete(airflow, warehouse)
@@ -108,6 +113,8 @@ def _refresh_and_delete(airflow: AirflowServer, warehouse: Warehouse) -> None:
     for dag in (ALERTS, VERIFY, RETENTION):
         run_dag(airflow, dag, scheduled=True)
         pause_and_drain(airflow, dag)
+    asked = {"action": "apply", "connection_id": "warehouse", "view": "analytics.daily_events"}
+    run_dag(airflow, ACTIONS, conf=asked)  # As a click on the page does.
     run_dag(airflow, DELETE)
     runs = warehouse.print_runs()
     say(f"{runs} runs recorded; Airflow's page was {airflow.url}")
@@ -120,7 +127,7 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     airflow.api.set_paused(DRIFT, False)
     airflow.api.set_paused(NIGHTLY, False)
     airflow.api.set_paused(AFTER, False)
-    for dag in (ALERTS, VERIFY, RETENTION):
+    for dag in (ALERTS, VERIFY, RETENTION, ACTIONS):
         airflow.api.set_paused(dag, False)
     list(warehouse.new_runs())
     warehouse.print_runs()
@@ -130,7 +137,7 @@ def _watch(airflow: AirflowServer, warehouse: Warehouse, server: PostgresServer)
     print(
         f"{REFRESH} runs every minute, {AFTER} whenever a view was refreshed,\n"
         f"{DRIFT}, {NIGHTLY} and {RETENTION} every night, {ALERTS} every ten minutes, {VERIFY} every week;\n"
-        f"{FLEET} waits to be unpaused, {DELETE} to be triggered.\n"
+        f"{FLEET} waits to be unpaused, {DELETE} to be triggered; {ACTIONS} is what the buttons of the page trigger.\n"
         f"Change a view by hand and trigger {DRIFT} to see what differs, {CREATE} to put it back.\n"
         "Ctrl-C ends it all.\n",
         flush=True,

@@ -7,6 +7,7 @@ import json
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 TIMEOUT_SECONDS = 30.0
@@ -51,13 +52,16 @@ class AirflowApi:
         """Pause or unpause a DAG."""
         self._call("PATCH", f"/api/v2/dags/{dag_id}", {"is_paused": paused})
 
-    def trigger(self, dag_id: str, run_id: str | None = None) -> str:
+    def trigger(self, dag_id: str, run_id: str | None = None, conf: Mapping[str, str] | None = None) -> str:
         """Ask for a run of a DAG.
 
         :param run_id: None for one that Airflow makes up.
+        :param conf: the values of its params.
         :returns: the run's id.
         """
-        wish = {"logical_date": None} if run_id is None else {"logical_date": None, "dag_run_id": run_id}
+        wish: dict[str, Any] = {"logical_date": None, "conf": dict(conf or {})}
+        if run_id is not None:
+            wish["dag_run_id"] = run_id
         run = self._call("POST", f"/api/v2/dags/{dag_id}/dagRuns", wish)
         return str(run["dag_run_id"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from demo.airflow_server import AirflowServer
 from demo.console import print_block, say
@@ -35,16 +36,19 @@ def wait_for_dags(airflow: AirflowServer, dag_ids: tuple[str, ...]) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def run_dag(airflow: AirflowServer, dag_id: str, *, scheduled: bool = False) -> None:
+def run_dag(
+    airflow: AirflowServer, dag_id: str, *, scheduled: bool = False, conf: Mapping[str, str] | None = None
+) -> None:
     """Unpause a DAG, trigger one run and wait for its success, telling of each task that ends.
 
+    :param conf: what a run that is triggered is asked for.
     :param scheduled: whether a run that the schedule starts at once will do.
     :raises DagRunError: when the run fails or does not end; the log of the failed task has been printed.
     """
     airflow.api.set_paused(dag_id, False)
     run_id = _scheduled_run(airflow, dag_id) if scheduled else None
     if run_id is None:
-        run_id = airflow.api.trigger(dag_id)
+        run_id = airflow.api.trigger(dag_id, conf=conf)
         say(f"{dag_id}: triggered")
     else:
         say(f"{dag_id}: started by its schedule")

@@ -6,19 +6,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote as quote_url
 from urllib.parse import urlsplit
 
 import pytest
+from psycopg import sql
 from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.names import quote
 from benchmarks.long_history import fill
 from demo.airflow_server import AirflowServer
+from demo.dag_runs import wait_for_dags
 from demo.postgres_server import PostgresServer
 from tests.conftest import NEWEST, Database, hook_on
 from tests.conftest import _database as fresh_database
+from tests.racing import beside, until
 
+ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = [
@@ -49,7 +54,7 @@ def databases(servers: dict[int, PostgresServer]) -> Iterator[dict[str, Database
     for number in range(6):
         hook.refresh("daily", refresh_strategy=("swap", "concurrent", "regular")[number % 3])
     for name in HOSTILE:
-        hook.create(MatViewDefinition(name=quote(name), sql="SELECT 1 AS a"))
+        hook.create(MatViewDefinition(name=quote(name), sql="SELECT 1 AS a", comment="mine"))
     hook.create(MatViewDefinition(name="broken", sql="SELECT 1 / (1001 - count(*)) AS a FROM t"))
     found["some"].execute("INSERT INTO t VALUES (1001)")
     with pytest.raises(DivisionByZero):
@@ -78,9 +83,14 @@ def address(databases: dict[str, Database], tmp_path_factory: pytest.TempPathFac
     }
     # Comes first, and is not there.
     connections = {"down": {**connections["some"], "port": 1}, **connections}
-    with AirflowServer(tmp_path_factory.mktemp("dags"), connections) as airflow:
+    dags = tmp_path_factory.mktemp("dags")
+    shutil.copy(ROOT / "example_dags" / "matviews_actions.py", dags)
+    settings = {"AIRFLOW__MATVIEWS__ACTIONS": "matviews_actions"}
+    with AirflowServer(dags, connections, settings) as airflow:
         airflow.begin_migration()
         airflow.start()
+        wait_for_dags(airflow, ("matviews_actions",))
+        airflow.api.set_paused("matviews_actions", False)
         yield airflow.url
 
 
@@ -217,6 +227,66 @@ def test_names_are_text_wherever_they_come_from(address: str) -> None:
             look.page.wait_for_selector("h2:has-text('In the database')")
             assert look.page.locator("h1").inner_text() == str(quote(name))
             assert look.page.title() != "hit"
+        assert look.troubles == []
+
+
+def _press(look: Look, action: str) -> None:
+    look.page.get_by_role("button", name=f"{action} …").click()
+    dialog = look.page.get_by_role("dialog")
+    playwright.expect(dialog).to_contain_text("Triggers the DAG matviews_actions, on the connection some.")
+    dialog.get_by_role("button", name=action, exact=True).click()
+    playwright.expect(look.page.locator(".tools .status.success")).to_be_visible(timeout=90_000)
+
+
+def test_a_click_is_a_run_of_the_dag_and_comes_back_as_one_of_the_record(
+    address: str, databases: dict[str, Database]
+) -> None:
+    hook, database = hook_on(databases["some"]), databases["some"]
+    name = str(quote(HOSTILE[0]))
+    with _looking(address) as look:
+        look.open(f"#/some/views/public/{quote_url(HOSTILE[0], safe='')}")
+        button = look.page.get_by_role("button", name="Refresh …")
+        button.click()
+        # Who thinks better of it, with the keyboard: nothing happens.
+        look.page.keyboard.press("Escape")
+        playwright.expect(look.page.get_by_role("dialog")).to_have_count(0)
+        playwright.expect(button).to_be_focused()
+        before = hook.runs(name)
+        _press(look, "Refresh")
+        (latest, *others) = hook.runs(name)
+        assert others == before
+        assert (latest.operation, latest.status, latest.meta["dag_id"]) == ("refresh", "success", "matviews_actions")
+        playwright.expect(look.page.locator("dl.facts a").first).to_have_text("refresh, success")
+        # Changed by hand, seen, and put back.
+        database.execute(sql.SQL("COMMENT ON MATERIALIZED VIEW {} IS 'of another'").format(sql.Identifier(HOSTILE[0])))
+        look.page.get_by_role("button", name="Compare with the database now").click()
+        playwright.expect(look.page.locator(".changes li")).to_have_count(1)
+        _press(look, "Apply definition")
+        look.page.get_by_role("button", name="Compare with the database now").click()
+        playwright.expect(look.page.get_by_text("It is what it was declared to be.")).to_be_visible()
+        _press(look, "Verify")
+        # From there to Airflow's own page of the run.
+        look.page.get_by_role("link", name="Its run in Airflow").click()
+        look.page.wait_for_url("**/dags/matviews_actions/runs/**")
+        assert look.troubles == []
+
+
+def test_what_runs_is_followed_to_its_end(address: str, databases: dict[str, Database]) -> None:
+    database = databases["some"]
+    with _looking(address) as look, database.connect() as changer:
+        changer.execute("BEGIN")
+        changer.execute("LOCK TABLE t IN ACCESS EXCLUSIVE MODE")
+        with beside(lambda: hook_on(database).refresh("daily", refresh_strategy="regular"), changer.close):
+            until(database, "SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)")
+            look.open("#/some")
+            row = look.page.locator("tr", has=look.page.get_by_role("link", name="daily", exact=True))
+            playwright.expect(row.locator(".status")).to_have_text("running")
+            playwright.expect(row.locator(".said")).to_contain_text("waiting for a lock behind")
+            row.get_by_role("link").click()
+            playwright.expect(look.page.locator("[role=status]").first).to_contain_text("waiting for a lock behind")
+            changer.close()
+            # Without a hand: the page notices.
+            playwright.expect(look.page.locator(".status").first).to_have_text("fresh", timeout=20_000)
         assert look.troubles == []
 
 

@@ -41,6 +41,7 @@ def test_every_example_is_read_without_a_connection(monkeypatch: pytest.MonkeyPa
         monkeypatch.delenv(name)
     dags = _dags()
     assert sorted(dags) == [
+        "matviews_actions",
         "matviews_after_refresh",
         "matviews_alerts",
         "matviews_create",
@@ -114,6 +115,12 @@ def test_every_example_succeeds_over_the_demos_data(warehouse: Database, monkeyp
     assert verified.state == "success"
     assert verified.xcom("verify")["equal"] == 4
     assert run_dag(dags["matviews_retention"]).xcom("prune")["removed"] == 0
+
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__CONNECTIONS", "warehouse")
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__ACTIONS", "matviews_actions")
+    asked = {"action": "apply", "connection_id": "warehouse", "view": "analytics.daily_events"}
+    acted = run_dag(dags["matviews_actions"], asked)
+    assert acted.states == {"choose": "success", "refresh": "skipped", "verify": "skipped", "apply": "success"}
 
     deleted = run_dag(dags["matviews_delete"])
     assert deleted.state == "success"

@@ -69,6 +69,8 @@ def read_only(work: Work[_T], seconds: float, session: Session = Session.RECORD)
     """
     yield Command(sql.SQL("BEGIN ISOLATION LEVEL READ COMMITTED READ ONLY"), session)
     try:
+        # Planned as long ones, all of these are short: over 500 views compiling took 0.9 s of 1.05 s (PostgreSQL 15).
+        yield Command(sql.SQL("SET LOCAL jit = off"), session)
         for setting in ("statement_timeout", "lock_timeout"):
             limit = sql.Literal(f"{round(seconds * 1000)}ms")
             yield Command(sql.SQL("SET LOCAL {} = {}").format(sql.Identifier(setting), limit), session)

@@ -43,7 +43,29 @@ SomeNamePart = Annotated[str | None, Query(max_length=63, pattern=_HELD)]
 #: comes after it is fixed, but for a number, so that a path is read in one way only.
 _OF_CONNECTION = "/connections/{connection_id:path}"
 
-router = APIRouter(prefix="/api/v1", tags=["Materialized views"])
+
+class Refusal(BaseModel):
+    """Why there is no answer, in a sentence for a person."""
+
+    detail: str
+
+
+router = APIRouter(
+    prefix="/api/v1",
+    tags=["Materialized views"],
+    responses={
+        code: {"model": Refusal, "description": meaning}
+        for code, meaning in {
+            400: "There is more of it than is read at once.",
+            401: "The caller is not logged in.",
+            403: "The caller may not read this connection.",
+            404: "There is no such connection, view or run, or it is not shown here.",
+            502: "The database could not be read.",
+            503: "The configuration of this page cannot be read.",
+            504: "The database took too long to answer.",
+        }.items()
+    },
+)
 
 
 class ConnectionList(BaseModel):
@@ -401,7 +423,11 @@ def read_catalog(shown: Shown, schema_name: NamePart, view_name: NamePart) -> Ca
     )
 
 
-@router.get(_OF_CONNECTION + "/view/plan", dependencies=[Depends(may_read)])
+@router.get(
+    _OF_CONNECTION + "/view/plan",
+    dependencies=[Depends(may_read)],
+    responses={409: {"model": Refusal, "description": "The definition can be compared no more; why."}},
+)
 def read_plan(shown: Shown, schema_name: NamePart, view_name: NamePart) -> PlanDetail:
     """Compare a view with what it was last declared to be, in a transaction that is rolled back."""
     hook = _hook(shown)
@@ -529,7 +555,7 @@ def _answer(ask: Callable[[], _T | None], nothing: Any = None, *, nothing_of_it:
     except NotAMaterializedView as error:
         raise HTTPException(status.HTTP_404_NOT_FOUND, "What stands there is no materialized view.") from error
     except browsing.TooManyRows as error:
-        raise HTTPException(status.HTTP_422_UNPROCESSABLE_CONTENT, str(error)) from error
+        raise HTTPException(status.HTTP_400_BAD_REQUEST, str(error)) from error
     except (psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable, ViewLocked) as error:
         raise HTTPException(status.HTTP_504_GATEWAY_TIMEOUT, "The database took too long to answer.") from error
     except (MatViewError, psycopg.Error) as error:

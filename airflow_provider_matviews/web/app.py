@@ -65,7 +65,7 @@ def create_app() -> FastAPI:
 
     @app.get("/api/v1/openapi.json", include_in_schema=False, dependencies=[Depends(get_user)])
     def describe() -> dict[str, object]:
-        return app.openapi()
+        return {**app.openapi(), "servers": [{"url": f"{root_path()}{URL_PREFIX}"}]}
 
     @app.get("/", include_in_schema=False, dependencies=[Depends(get_user)])
     def page() -> Response:

@@ -9,11 +9,12 @@ import { showView } from "./view.js";
 
 const page = document.getElementById("page");
 
-async function showConnections() {
+async function showConnections(isNow) {
   const { connections } = await ask("connections");
+  if (!isNow()) return;
   if (connections.length) {
     history.replaceState(null, "", `#/${encodeURIComponent(connections[0])}`);
-    await showViews(connections[0], connections);
+    await showViews(isNow, connections[0], connections);
     return;
   }
   document.title = "Materialized views";
@@ -23,9 +24,9 @@ async function showConnections() {
       "The option connections in the section [matviews] of Airflow's configuration names those that are shown."));
 }
 
-async function showConnection(connection) {
+async function showConnection(isNow, connection) {
   const { connections } = await ask("connections");
-  await showViews(connection, connections);
+  await showViews(isNow, connection, connections);
 }
 
 const routes = [
@@ -72,7 +73,7 @@ async function route() {
   page.setAttribute("aria-busy", "true");
   const found = asked();
   try {
-    if (found) await found[0](...found[1]);
+    if (found) await found[0](isNow, ...found[1]);
     else await showTrouble(element("p", { class: "notice" }, "There is no such page."), isNow);
   } catch (error) {
     await showTrouble(element("p", { class: "notice error", role: "alert" }, error instanceof Refused ? error.message : `This page does not work: ${error}`), isNow);

@@ -40,8 +40,9 @@ export function drawGraph(connection, views, current = null) {
     drawn("svg", { width, height, viewBox: `0 0 ${width} ${height}` }, ...lines, ...boxes));
 }
 
-export async function showGraph(connection) {
+export async function showGraph(isNow, connection) {
   const { views } = await ask("connections", connection, "graph");
+  if (!isNow()) return;
   document.title = `Graph of ${connection}`;
   show(
     element("nav", { "aria-label": "Up" }, link([connection], "← All views")),

@@ -1,6 +1,6 @@
 // All views at a glance.
 
-import { age, ask, bytes, connectionPicker, element, link, milliseconds, number, root, show, sparkline, time } from "./parts.js";
+import { age, airflow, ask, bytes, connectionPicker, element, link, milliseconds, number, progress, show, sparkline, time, whileShown } from "./parts.js";
 
 const ORDER = ["failing", "late", "running", "stale", "never run", "fresh", "gone"];
 const COLUMNS = [
@@ -15,18 +15,20 @@ const COLUMNS = [
   ["Next run", (view) => (view.next ? Date.parse(view.next) : Infinity)],
 ];
 
+const NUMBERS = new Set(["Duration", "Rows", "Size", "Bloat"]);
+
 const stateOf = (view) => (view.state === "fresh" && view.stale?.stale ? "stale" : view.state);
 const reasonOf = (view) => (view.state === "fresh" && view.stale ? view.stale.reason : view.reason);
 
 function cells(connection, view) {
   const running = view.running.find((run) => !run.lost);
-  const usual = view.durations_ms.length ? view.durations_ms.reduce((sum, each) => sum + each, 0) / view.durations_ms.length : 0;
-  const progress = running && usual ? element("progress", { max: usual, value: Math.min(running.seconds * 1000, usual), "aria-label": "compared with its average duration" }) : null;
+  const usual = view.durations_ms.length ? view.durations_ms.reduce((sum, each) => sum + each, 0) / view.durations_ms.length / 1000 : null;
+  const known = running && (view.underWay ?? { seconds: running.seconds, usual_seconds: running.operation === "refresh" ? usual : null });
   const state = stateOf(view);
   return [
     element("td", {}, link([connection, "views", view.schema_name, view.view_name], view.view)),
-    element("td", {}, element("span", { class: `status ${state.replace(" ", "-")}`, title: reasonOf(view) }, state), progress,
-      running ? element("span", { class: "muted" }, ` for ${age(running.seconds)}`) : null),
+    element("td", {}, element("span", { class: `status ${state.replace(" ", "-")}`, title: reasonOf(view) }, state),
+      known ? [" ", progress(known), known.said ? element("div", { class: "said muted" }, known.said) : null] : null),
     element("td", {}, view.last_filled_at ? element("span", { title: new Date(view.last_filled_at).toLocaleString() }, `${age(view.age)} ago`) : ""),
     element("td", { class: "number" }, sparkline(view.durations_ms), " ", milliseconds(view.last_run?.duration_ms)),
     element("td", { class: "number" }, number(view.row_count)),
@@ -37,13 +39,12 @@ function cells(connection, view) {
   ];
 }
 
-// From Airflow itself, with the rights of whoever looks.
+// When the DAGs that refreshed them last run next.
 async function addSchedules(views) {
   const ids = [...new Set(views.map((view) => view.last_run?.dag_id).filter(Boolean))];
   await Promise.all(ids.slice(0, 50).map(async (id) => {
-    const answer = await fetch(`${root}/api/v2/dags/${encodeURIComponent(id)}`, { credentials: "same-origin" });
-    if (!answer.ok) return;
-    const dag = await answer.json();
+    const dag = await airflow(["dags", id]);
+    if (!dag) return;
     for (const view of views) {
       if (view.last_run?.dag_id !== id) continue;
       view.paused = dag.is_paused;
@@ -52,8 +53,12 @@ async function addSchedules(views) {
   }));
 }
 
-export async function showViews(connection, others) {
-  const { views } = await ask("connections", connection, "views");
+const LOOK_EVERY = 4000;
+const READ_EVERY = 30000;
+
+export async function showViews(isNow, connection, others) {
+  let { views } = await ask("connections", connection, "views");
+  if (!isNow()) return;
   document.title = `Materialized views of ${connection}`;
   const kept = { text: "", state: "", column: 1, down: false };
   const search = element("input", { type: "search", placeholder: "Search", "aria-label": "Search views by name", id: "search" });
@@ -68,7 +73,7 @@ export async function showViews(connection, others) {
       kept.column = index;
       draw();
     });
-    return element("th", { scope: "col" }, button);
+    return element("th", { scope: "col", class: NUMBERS.has(name) ? "number" : null }, button);
   });
 
   function draw() {
@@ -107,14 +112,47 @@ export async function showViews(connection, others) {
       : [others.length > 1 ? picker : null, element("p", { class: "notice" }, "No view is on record here yet. A view is, from its first run on: create or refresh one with the operators, the hook or the command line.")],
   );
   draw();
-  const address = location.hash;
   const redraw = () => {
-    if (location.hash === address) draw();
+    if (isNow()) draw();
   };
-  ask("connections", connection, "staleness").then((found) => {
-    const stale = new Map(found.views.map((each) => [each.view, each]));
-    for (const view of views) view.stale = stale.get(view.view);
+
+  // What takes longer, or changes while somebody looks.
+  function add(to) {
+    ask("connections", connection, "staleness").then((found) => {
+      const stale = new Map(found.views.map((each) => [each.view, each]));
+      for (const view of to) view.stale = stale.get(view.view);
+      redraw();
+    }, () => {});
+    addSchedules(to).then(redraw, () => {});
+  }
+
+  let readAt = Date.now();
+  async function look() {
+    const running = new Set(views.flatMap((view) => view.running.filter((run) => !run.lost).map((run) => run.id)));
+    let changed = Date.now() - readAt > READ_EVERY;
+    if (running.size) {
+      const { runs } = await ask("connections", connection, "running");
+      const seen = new Map(runs.map((run) => [run.run_id, run]));
+      for (const view of views) view.underWay = view.running.map((run) => seen.get(run.id)).find(Boolean);
+      changed ||= [...running].some((id) => !seen.has(id)) && runs.length < 20;
+      changed ||= runs.some((run) => !running.has(run.run_id));
+      redraw();
+    }
+    if (!changed) return;
+    const before = new Map(views.map((view) => [view.view, view]));
+    const found = await ask("connections", connection, "views");
+    if (!isNow()) return;
+    readAt = Date.now();
+    for (const view of found.views) {
+      const { stale, next, paused } = before.get(view.view) ?? {};
+      Object.assign(view, { stale, next, paused });
+    }
+    views = found.views;
     redraw();
-  }, () => {});
-  addSchedules(views).then(redraw, () => {});
+    add(views);
+  }
+
+  add(views);
+  look().catch(() => {});
+  whileShown(LOOK_EVERY, isNow, look);
 }

@@ -37,6 +37,38 @@ export async function ask(...parts) {
   throw new Refused(typeof said.detail === "string" ? said.detail : `The server answered ${answer.status}.`);
 }
 
+// Airflow itself, by its own API and with the rights of whoever looks; null where it does not answer as asked.
+export async function airflow(parts, body) {
+  const answer = await fetch(`${root}/api/v2/${encoded(parts)}`, {
+    credentials: "same-origin",
+    method: body ? "POST" : "GET",
+    // What a form of another site could not send: the browser would ask first, and Airflow would refuse.
+    headers: { Accept: "application/json", ...(body ? { "Content-Type": "application/json" } : {}) },
+    body: body ? JSON.stringify(body) : undefined,
+  });
+  if (answer.ok) return answer.json();
+  if (!body) return null;
+  const said = await answer.json().catch(() => ({}));
+  const detail = typeof said.detail === "string" ? said.detail : said.detail?.reason;
+  throw new Refused(answer.status === 403 ? "You may not trigger this DAG." : `Airflow refused it: ${detail ?? answer.status}.`);
+}
+
+// Again and again while somebody looks at this page, at the earliest after so many milliseconds.
+export function whileShown(milliseconds, isNow, look) {
+  const again = async () => {
+    if (!isNow()) return;
+    if (!document.hidden) {
+      try {
+        if (await look() === false) return;
+      } catch {
+        // The next look may go better.
+      }
+    }
+    setTimeout(again, milliseconds);
+  };
+  setTimeout(again, milliseconds);
+}
+
 // What others may have written into a record is not always what we write.
 export const object = (value) => (value !== null && typeof value === "object" && !Array.isArray(value) ? value : {});
 export const array = (value) => (Array.isArray(value) ? value : []);
@@ -81,9 +113,11 @@ export function time(value) {
   return element("time", { datetime: value, title: value }, new Date(value).toLocaleString());
 }
 
-export function facts(pairs) {
+// Names and values; and such as are filled in later, whose <dd> is given.
+export function facts(pairs, later = []) {
   return element("dl", { class: "facts" }, pairs.filter(([, value]) => value !== "" && value !== null && value !== undefined)
-    .map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, ...[value].flat()))));
+    .map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, ...[value].flat()))),
+  later.map(([name, place]) => element("div", { class: "wide" }, element("dt", {}, name), place)));
 }
 
 export function section(title, ...content) {
@@ -95,6 +129,16 @@ export function table(heads, rows) {
     element("thead", {}, element("tr", {}, heads.map((head) => element("th", { scope: "col" }, head)))),
     element("tbody", {}, rows)));
 }
+
+// How far a run is: against its usual time, and what it does.
+export function progress(run) {
+  const usual = run.usual_seconds;
+  return element("span", { class: "progress" },
+    usual ? element("progress", { max: 1, value: Math.min(run.seconds / usual, 0.99), "aria-label": "compared with its usual time" }) : null,
+    element("span", { class: "muted" }, ` for ${age(run.seconds)}`, usual ? ` of usually ${age(usual)}` : ""));
+}
+
+export const diff = (lines) => element("pre", { class: "diff" }, lines.map((line) => element("span", { class: line.startsWith("+") ? "added" : line.startsWith("-") ? "removed" : "" }, `${line}\n`)));
 
 export function sparkline(values) {
   if (values.length < 2) return "";

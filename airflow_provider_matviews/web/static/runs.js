@@ -1,6 +1,6 @@
 // Runs: a list of them, and one with everything that is recorded of it.
 
-import { age, array, ask, element, encoded, facts, link, milliseconds, number, object, root, section, show, table, time } from "./parts.js";
+import { age, array, ask, element, encoded, facts, link, milliseconds, number, object, progress, root, section, show, table, time, whileShown } from "./parts.js";
 
 const PAGE_SIZE = 50;
 const HEADS = ["Run", "Operation", "Status", "Started", "Duration", "Strategy", "Rows", "Error"];
@@ -25,10 +25,14 @@ export async function runTable(connection, view = null) {
   const heads = view ? HEADS : [HEADS[0], "View", ...HEADS.slice(1)];
   const nothing = element("p", { class: "muted", hidden: true }, "There is no such run.");
   let next = null;
+  let asked = 0;
 
   async function read(anew) {
+    asked += 1;
+    const mine = asked;
     const of = view ? { schema_name: view[0], view_name: view[1] } : {};
     const found = await ask("connections", connection, "runs", { ...of, ...kept, limit: PAGE_SIZE, before: anew ? null : next });
+    if (mine !== asked) return;
     const rows = found.runs.map((run) => row(connection, run, !view));
     if (anew) body.replaceChildren(...rows);
     else body.append(...rows);
@@ -56,8 +60,9 @@ export async function runTable(connection, view = null) {
   ];
 }
 
-export async function showRuns(connection) {
+export async function showRuns(isNow, connection) {
   const content = await runTable(connection);
+  if (!isNow()) return;
   document.title = `Runs of ${connection}`;
   show(element("nav", { "aria-label": "Up" }, link([connection], "← All views")), element("h1", {}, "Runs"), content);
 }
@@ -95,13 +100,33 @@ function taskLog(meta) {
   return element("a", { href: path, target: "_top" }, "Task log");
 }
 
-export async function showRun(connection, id) {
+function followRun(isNow, connection, run, place) {
+  const look = async () => {
+    const { runs } = await ask("connections", connection, "running");
+    const found = runs.find((each) => each.run_id === run.id);
+    if (!isNow()) return false;
+    if (found) {
+      place.replaceChildren(progress(found), " ", found.said ?? "");
+      return true;
+    }
+    const now = await ask("connections", connection, "runs", run.id);
+    if (now.status === "running") return true;
+    if (isNow()) await showRun(isNow, connection, run.id);
+    return false;
+  };
+  look().then((goOn) => goOn && whileShown(3000, isNow, look), () => {});
+}
+
+export async function showRun(isNow, connection, id) {
   const run = await ask("connections", connection, "runs", id);
+  if (!isNow()) return;
   const meta = object(run.meta);
   const response = object(meta.response);
   const known = new Set(["status", "view", "sql", "steps", "strategy", "reason", "row_count_before", "row_count_after"]);
   const rest = Object.fromEntries(Object.entries(response).filter(([name]) => !known.has(name)));
   document.title = `Run ${run.id} of ${run.view}`;
+  const underWay = element("p", { role: "status" });
+  if (run.status === "running") followRun(isNow, connection, run, underWay);
   show(
     element("nav", { "aria-label": "Runs" },
       link([connection, "views", run.schema_name, run.view_name], `↑ ${run.view}`),
@@ -111,6 +136,7 @@ export async function showRun(connection, id) {
     element("h1", {}, `Run ${run.id}: ${run.operation ?? "unknown operation"} of ${run.view}`),
     element("p", {}, element("span", { class: `status ${run.status}` }, run.status ?? "unknown"), " ",
       response.reason ? element("span", { class: "muted" }, response.reason) : null),
+    underWay,
     facts([
       ["Started", time(run.started_at)],
       ["Finished", time(run.finished_at)],

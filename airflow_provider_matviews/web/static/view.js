@@ -1,8 +1,9 @@
 // One view: how its refreshes went, what it should be and what it is.
 
+import { actionBar } from "./actions.js";
 import { drawHistory } from "./charts.js";
 import { drawGraph } from "./graph.js";
-import { age, ask, bytes, element, facts, link, milliseconds, number, object, section, show, table, time } from "./parts.js";
+import { age, airflow, ask, bytes, diff, element, facts, link, milliseconds, number, object, progress, section, show, table, time, whileShown } from "./parts.js";
 import { runTable } from "./runs.js";
 import { highlighted } from "./sql.js";
 
@@ -12,7 +13,45 @@ function list(items) {
   return items.length ? element("ul", {}, items.map((item) => element("li", {}, element("code", {}, item)))) : element("p", { class: "muted" }, "None.");
 }
 
-function declared(definition, drift, runId, connection) {
+// One change: what stands, what is declared, and what would mend it.
+function change(step) {
+  return element("li", {},
+    element("p", {}, element("strong", {}, step.title), `: ${step.why}`),
+    step.detail.length ? diff(step.detail) : null,
+    step.sql.length
+      ? element("details", {}, element("summary", {}, "What would mend it", step.lock === "none" ? "" : ` (locks ${step.lock}: ${step.cost})`),
+        element("pre", { class: "sql" }, highlighted(step.sql.map((text) => `${text};`).join("\n"))))
+      : null);
+}
+
+function compared(plan) {
+  const parts = [];
+  if (!plan.steps.length) parts.push(element("p", {}, "It is what it was declared to be."));
+  else parts.push(element("p", {}, plan.stands ? `It differs in ${plan.steps.length === 1 ? "one thing" : `${plan.steps.length} things`}.` : "It does not stand. What would make it:"), element("ol", { class: "changes" }, plan.steps.map(change)));
+  for (const refusal of plan.refusals) parts.push(element("p", { class: "notice error" }, "This cannot be applied as it is. ", refusal));
+  for (const note of plan.notes) parts.push(element("p", { class: "notice" }, note));
+  if (plan.left_alone.length) parts.push(element("p", { class: "muted" }, "Left alone, since the definition does not mention it: ", plan.left_alone.join(", "), "."));
+  return parts;
+}
+
+// When somebody asks for it: the server has to make the definition real for a moment, in a transaction that is undone.
+function comparison(connection, of) {
+  const place = element("div", { role: "status" });
+  const button = element("button", { type: "button" }, "Compare with the database now");
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    place.replaceChildren(element("p", { class: "muted" }, "Comparing …"));
+    try {
+      place.replaceChildren(...compared(await ask("connections", connection, "view", "plan", of)));
+    } catch (error) {
+      place.replaceChildren(element("p", { class: "notice error" }, error.message));
+    }
+    button.disabled = false;
+  });
+  return element("div", {}, element("p", {}, button), place);
+}
+
+function declared(definition, drift, runId, connection, of) {
   const parts = [];
   if (definition.sql) parts.push(element("pre", { class: "sql" }, highlighted(definition.sql)));
   const declaration = Object.fromEntries(Object.entries(object(definition.declaration)).filter(([name, value]) => name !== "sql" && name !== "name"
@@ -20,11 +59,12 @@ function declared(definition, drift, runId, connection) {
   if (Object.keys(declaration).length) parts.push(element("details", {}, element("summary", {}, "What else is declared"), element("pre", {}, JSON.stringify(declaration, null, 2))));
   if (!definition.managed) parts.push(element("p", { class: "muted" }, "It was never declared to this provider, or as managed by somebody else: it is refreshed, and never altered."));
   if (drift?.length) {
-    parts.push(element("p", {}, element("strong", {}, "Differs from the database"), ", as ", link([connection, "runs", runId], `run ${runId}`), " found:"),
-      element("pre", { class: "diff" }, drift.join("\n")));
+    parts.push(element("p", {}, element("strong", {}, "Differed from the database"), ", as ", link([connection, "runs", runId], `run ${runId}`), " found:"),
+      list(drift));
   } else if (drift) {
     parts.push(element("p", { class: "muted" }, "Nothing differed from the database when ", link([connection, "runs", runId], `run ${runId}`), " last looked."));
   }
+  if (Object.keys(object(definition.declaration)).length) parts.push(comparison(connection, of));
   return section("Definition", parts);
 }
 
@@ -41,26 +81,59 @@ function described(connection, found) {
       element("h3", {}, "Indexes"), list(found.indexes),
       element("h3", {}, "Reads"), list(found.sources),
       element("h3", {}, "Is read by"), list(found.dependents),
-      element("h3", {}, "Has"), list(found.attachments.map((each) => each.description))),
+      element("h3", {}, "Grants"), list(found.attachments.filter((each) => each.kind === "privilege").map((each) => each.description)),
+      element("h3", {}, "Has"), list(found.attachments.filter((each) => each.kind !== "privilege").map((each) => each.description))),
   ];
 }
 
-export async function showView(connection, schema, name) {
+async function nextRun(dagId) {
+  const dag = dagId ? await airflow(["dags", dagId]) : null;
+  if (!dag) return "not known: no DAG of this Airflow refreshed it last";
+  if (dag.is_paused) return `${dagId} is paused`;
+  return dag.next_dagrun_run_after ? time(dag.next_dagrun_run_after) : `when ${dagId} is triggered`;
+}
+
+// What runs now, with how far it is; when it ends the page is drawn anew.
+function followRuns(isNow, connection, known, place) {
+  let seen = known.running.some((run) => !run.lost);
+  const look = async () => {
+    const { runs } = await ask("connections", connection, "running");
+    if (!isNow()) return false;
+    const mine = runs.filter((run) => run.schema_name === known.schema_name && run.view_name === known.view_name);
+    if (seen && !mine.length && runs.length < 20) {
+      await showView(isNow, connection, known.schema_name, known.view_name);
+      return false;
+    }
+    seen ||= mine.length > 0;
+    place.replaceChildren(...mine.map((run) => element("p", {}, link([connection, "runs", run.run_id], `Run ${run.run_id}, ${run.operation}`), " ", progress(run), " ", run.said ?? "")));
+    return true;
+  };
+  look().then((goOn) => goOn && whileShown(3000, isNow, look), () => whileShown(3000, isNow, look));
+}
+
+export async function showView(isNow, connection, schema, name, ended = []) {
   const of = { schema_name: schema, view_name: name };
   const [view, history] = await Promise.all([
     ask("connections", connection, "view", of),
     ask("connections", connection, "runs", { ...of, operation: "refresh", limit: LONGEST_HISTORY }),
   ]);
+  if (!isNow()) return;
   const known = view.summary;
   document.title = known.view;
   const charts = element("div", { class: "charts" });
   const database = element("div", {}, section("In the database", element("p", { class: "muted" }, "Reading the catalogs …")));
   const runs = element("div");
+  const underWay = element("div", { role: "status" });
+  const actions = element("div");
+  const auto = element("dd", {}, "…");
+  const next = element("dd", {}, "…");
   const graph = element("div", {}, element("p", { class: "muted" }, "Reading the catalogs …"));
   show(
     element("nav", { "aria-label": "Up" }, link([connection], "← All views")),
     element("h1", {}, known.view),
     element("p", {}, element("span", { class: `status ${known.state.replace(" ", "-")}` }, known.state), " ", element("span", { class: "muted" }, known.reason)),
+    underWay,
+    actions,
     facts([
       ["Last filled", known.last_filled_at ? `${age(known.age)} ago` : "never"],
       ["Usually every", known.usual_interval ? age(known.usual_interval) : ""],
@@ -71,15 +144,21 @@ export async function showView(connection, schema, name) {
       ["Size", bytes(known.heap_bytes)],
       ["Bloat", known.bloat ? `${known.bloat.toFixed(1)} times` : ""],
       ["Failures in 24 h", number(known.failures_24h)],
-      ["Under way", !known.running.length ? "" : known.running.map((run) => link([connection, "runs", run.id], `${run.operation} for ${age(run.seconds)} `))],
+      ["Refreshed by", known.last_run?.dag_id ?? ""],
       ["On record since", time(view.definition.created_at)],
-    ]),
+    ], [["Next run", next], ["What auto would choose now", auto]]),
     charts,
     section("What it reads, and what reads it", graph),
     section("Runs", runs),
-    declared(view.definition, view.drift, view.drift_run_id, connection),
+    declared(view.definition, view.drift, view.drift_run_id, connection, of),
     database,
   );
+  actionBar(isNow, connection, view, ended).then((content) => actions.replaceChildren(...content), () => {});
+  followRuns(isNow, connection, known, underWay);
+  ask("connections", connection, "view", "choice", of).then(
+    (found) => auto.replaceChildren(element("strong", {}, found.strategy), `, because ${found.reason}`),
+    (error) => auto.replaceChildren(element("span", { class: "muted" }, error.message)));
+  nextRun(known.last_run?.dag_id).then((found) => next.replaceChildren(found), () => next.replaceChildren("not known"));
   ask("connections", connection, "graph", of).then(
     (found) => graph.replaceChildren(drawGraph(connection, found.views, known.view)),
     () => graph.replaceChildren(element("p", { class: "muted" }, "There is no drawing of it: it does not stand, or has too many around it.")));
