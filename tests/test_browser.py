@@ -15,7 +15,7 @@ from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.names import quote
-from benchmarks.long_history import fill
+from benchmarks.long_history import fill, stand_up
 from demo.airflow_server import AirflowServer
 from demo.dag_runs import wait_for_dags
 from demo.postgres_server import PostgresServer
@@ -63,6 +63,7 @@ def databases(servers: dict[int, PostgresServer]) -> Iterator[dict[str, Database
         hook_on(found[name]).runs()
     with found["many"].connect() as connection:
         fill(connection, runs=100_000, views=500)
+        stand_up(connection)
     yield found
     for each in made.values():
         next(each, None)
@@ -108,7 +109,7 @@ class Look:
     def _note_message(self, message: playwright.ConsoleMessage) -> None:
         # What does not stand in the database, and a DAG that is gone, the page asks for and does without.
         if message.type == "error" and "404 (Not Found)" not in message.text:
-            self.troubles.append(message.text)
+            self.troubles.append(f"{message.text} {message.location.get('url')}")
 
     def _note_request(self, request: playwright.Request) -> None:
         if urlsplit(request.url).scheme in ("http", "https") and not request.url.startswith(self.address):
@@ -185,6 +186,7 @@ def test_from_a_database_that_is_down_it_goes_on_to_the_others(address: str) -> 
         for path, message, back in (
             ("", "The database could not be read", "← All views"),
             ("#/down/runs", "The database could not be read", "← All views"),
+            ("#/many/graph", "more of them than a drawing could show", "← All views"),
             (f"#/some/runs/{2**63}", "Nothing of this name or number", "← All views"),
             (f"#/some/views/public/{'x' * 64}", "at most 63 characters", "← All views"),
             ("#/some%zz", "There is no such page.", "← Materialized views"),

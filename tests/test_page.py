@@ -241,6 +241,27 @@ def test_a_view_is_compared_with_what_it_was_declared_to_be(db: Database, get: G
     assert any(line.startswith("+") and "1 AS a" in line for line in changed["detail"])
 
 
+def test_what_a_create_found_and_did_is_told(db: Database, get: Get) -> None:
+    path = "/api/v1/connections/views/view"
+
+    def told() -> tuple[Any, ...]:
+        shown = get(path, params=MV).json()
+        return shown["drift"], shown["drift_mended"]
+
+    hook = hook_on(db)
+    definition = MatViewDefinition(name="mv", sql="SELECT 1 AS a", comment="mine")
+    hook.create(definition)
+    assert told()[0] is None
+    hook.create(definition)
+    assert told()[0] == []
+    db.execute("COMMENT ON MATERIALIZED VIEW mv IS 'of another'")
+    found = ["comment: it should be 'mine', it is 'of another'"]
+    hook.create(definition, on_drift="report")
+    assert told() == (found, False)
+    hook.create(definition)
+    assert told() == (found, True)
+
+
 def test_what_cannot_be_compared_says_why(db: Database, get: Get) -> None:
     path = "/api/v1/connections/views/view/plan"
     assert get(path, params=MV).status_code == 404

@@ -22,6 +22,7 @@ from airflow_provider_matviews.services.instructions import Command, Query, Sess
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
 from airflow_provider_matviews.services.metrics import number, read_recorded
 from airflow_provider_matviews.services.overview import ViewGlance, glance
+from airflow_provider_matviews.services.plan_steps import PlanStep, StepKind
 from airflow_provider_matviews.services.refresh import situation_of
 from airflow_provider_matviews.services.staleness import Judgement, judge_views
 from airflow_provider_matviews.services.strategies.auto import PastRefresh, Situation, choose
@@ -259,15 +260,17 @@ def staleness(ledger: Ledger) -> Work[list[Judgement]]:
 class ViewPage:
     """One view, as it is on record.
 
-    :ivar drift: what the latest create among its last runs found that differs from the definition; None where none
-        looked.
+    :ivar drift: what the latest create that looked found to differ from the definition, each in a sentence; None where
+        none looked.
     :ivar drift_run_id: that run.
+    :ivar drift_mended: whether it put that right.
     """
 
     glance: ViewGlance
     definition: DefinitionRecord
     drift: list[str] | None
     drift_run_id: int | None
+    drift_mended: bool
 
 
 def view_page(ledger: Ledger, schema_name: str, view_name: str) -> Work[ViewPage | None]:
@@ -278,8 +281,9 @@ def view_page(ledger: Ledger, schema_name: str, view_name: str) -> Work[ViewPage
     found = yield from read_recorded(ledger, [definition], window=100, times=True, rows=True)
     row = yield from fetch_one(
         sql.SQL(
-            "SELECT id, meta->'response'->'drift' AS drift FROM {} WHERE mat_view_definition_id = %s "
-            "AND operation = {} AND status = ANY({}) ORDER BY created_at DESC, id DESC LIMIT 1"
+            "SELECT id, status, meta->'response'->'drift' AS drift, meta->'response'->'plan'->'steps' AS steps FROM {} "
+            "WHERE mat_view_definition_id = %s AND operation = {} AND status = ANY({}) "
+            "ORDER BY created_at DESC, id DESC LIMIT 1"
         ).format(
             ledger.table("mat_view_runs"),
             sql.Literal(int(Operation.CREATE)),
@@ -288,10 +292,26 @@ def view_page(ledger: Ledger, schema_name: str, view_name: str) -> Work[ViewPage
         (definition.id,),
         Session.RECORD,
     )
-    looked = row is not None and row["drift"] is not None
+    looked = row is not None and isinstance(row["drift"], bool)
     return ViewPage(
-        glance(found[0]), definition, row["drift"] if row and looked else None, row["id"] if row and looked else None
+        glance(found[0]),
+        definition,
+        _differences(row["steps"]) if row and looked else None,
+        row["id"] if row and looked else None,
+        row is not None and row["status"] == RunStatus.SUCCESS,
     )
+
+
+def _differences(steps: object) -> list[str]:
+    """Word the steps of a plan, as far as they are as we write them."""
+    told = []
+    for step in steps if isinstance(steps, list) else ():
+        if isinstance(step, dict):
+            kind, subject, why = (str(step.get(name, "")) for name in ("kind", "subject", "why"))
+            known = kind in StepKind.__members__.values()
+            title = PlanStep(StepKind(kind), subject, why).title if known else f"{kind} {subject}"
+            told.append(f"{title}: {why}")
+    return told
 
 
 @dataclass(frozen=True)

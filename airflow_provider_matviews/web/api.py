@@ -223,6 +223,7 @@ class ViewDetail(BaseModel):
     begun_at: list[datetime]
     drift: list[str] | None
     drift_run_id: int | None
+    drift_mended: bool
 
 
 class Attached(BaseModel):
@@ -345,7 +346,12 @@ def read_graph(
     view_name: SomeNamePart = None,
 ) -> GraphDetail:
     """Read which views read which, of all of them or around one; of more than 300 there is no drawing."""
-    graph = _ask(shown, lambda _: browsing.view_graph(schema_name, view_name))
+    graph = _ask(
+        shown,
+        lambda _: browsing.view_graph(schema_name, view_name),
+        nothing_of_it="There is no such view, or there are more of them than a drawing could show (300): "
+        "ask for those around one.",
+    )
     levels = {name: level for level, names in enumerate(graph.levels) for name in names}
     return GraphDetail(
         views=[
@@ -408,6 +414,7 @@ def read_view(shown: Shown, schema_name: NamePart, view_name: NamePart) -> ViewD
         begun_at=list(reversed(page.glance.metrics.begun_at)),
         drift=page.drift,
         drift_run_id=page.drift_run_id,
+        drift_mended=page.drift_mended,
     )
 
 
@@ -542,9 +549,15 @@ def _hook(shown: tuple[str, str]) -> MatViewHook:
     return MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema)
 
 
-def _ask(shown: tuple[str, str], question: Callable[[Ledger], Work[_T | None]], nothing: Any = None) -> _T:
+def _ask(
+    shown: tuple[str, str],
+    question: Callable[[Ledger], Work[_T | None]],
+    nothing: Any = None,
+    *,
+    nothing_of_it: str = _NOTHING,
+) -> _T:
     hook = _hook(shown)
-    return _answer(lambda: hook.browse(question, seconds=LONGEST_STATEMENT), nothing)
+    return _answer(lambda: hook.browse(question, seconds=LONGEST_STATEMENT), nothing, nothing_of_it=nothing_of_it)
 
 
 def _answer(ask: Callable[[], _T | None], nothing: Any = None, *, nothing_of_it: str = _NOTHING) -> _T:

@@ -38,50 +38,61 @@ function confirmed(action, connection, view, dagId) {
   });
 }
 
-async function follow(isNow, dagId, runId, told, drawAnew) {
-  const link = () => element("a", { href: runPath(dagId, runId), target: "_top" }, "Its run in Airflow");
+// What was triggered for a view, and how it goes: the page is drawn anew meanwhile.
+const asked = new Map();
+
+async function follow(isNow, dagId, runId, said) {
+  const link = element("a", { href: runPath(dagId, runId), target: "_top" }, "Its run in Airflow");
   while (isNow()) {
     const run = await airflow(["dags", dagId, "dagRuns", runId]).catch(() => null);
     const state = run?.state ?? "not known";
-    told(element("span", { class: `status ${state}` }, state), " ", link());
-    if (state === "success" || state === "failed") {
-      await drawAnew(element("span", { class: `status ${state}` }, state), " ", link());
-      return;
-    }
+    said.replaceChildren(element("span", { class: `status ${state}` }, state), " ", link);
+    if (state === "success" || state === "failed") return true;
     await new Promise((resolve) => setTimeout(resolve, POLL));
   }
+  return false;
 }
 
-export async function actionBar(isNow, connection, view, ended = []) {
+// `isNow` is of the page, `isLatest` of this drawing of it.
+export async function actionBar(isNow, isLatest, connection, view) {
+  const { schema_name: schema, view_name: name, view: title } = view.summary;
   const { dag_id: dagId, actions } = await ask("connections", connection, "actions");
-  const said = element("span", { role: "status" }, ended);
-  if (!dagId || !actions.length) return ended.length ? [element("p", { class: "tools" }, said)] : [];
+  if (!dagId || !actions.length) return [];
   const dag = await airflow(["dags", dagId]);
   if (!dag) return [element("p", { class: "muted" }, `No actions: Airflow has no DAG ${dagId}, which its configuration names, or you may not see it.`)];
   if (dag.is_paused) return [element("p", { class: "muted" }, "No actions: ", element("a", { href: `${root}/dags/${encoded([dagId])}`, target: "_top" }, dagId), " is paused, so that what is triggered would not begin.")];
-  const { schema_name: schema, view_name: name, view: title } = view.summary;
+  if (!isLatest()) return [];
+  const key = encoded([connection, schema, name]);
+  const state = asked.get(key) ?? { busy: false, said: element("span", { role: "status" }) };
+  asked.set(key, state);
   const declared = Object.keys(object(view.definition.declaration)).length > 0;
-  const buttons = actions.filter((action) => SAYS[action] && (action !== "apply" || (declared && view.definition.managed))).map((action) => {
-    const button = element("button", { type: "button" }, `${SAYS[action][0]} …`);
+
+  async function carryOut(action, answer) {
+    const said = (...content) => state.said.replaceChildren(...content);
+    state.busy = true;
+    state.buttons.forEach((each) => { each.disabled = true; });
+    said("Triggering …");
+    try {
+      const quoted = [schema, name].map((part) => `"${part.replaceAll('"', '""')}"`).join(".");
+      const run = await airflow(["dags", dagId, "dagRuns"], { logical_date: null, conf: { action, connection_id: connection, view: quoted, ...answer } });
+      if (!(await follow(isNow, dagId, run.dag_run_id, state.said))) asked.delete(key);
+      state.said.prepend(`${SAYS[action][0]}: `);
+    } catch (error) {
+      said(element("span", { class: "error" }, error instanceof Refused ? error.message : `It could not be triggered: ${error}`));
+    }
+    state.busy = false;
+    state.buttons.forEach((each) => { each.disabled = false; });
+    if (isNow()) await showView(isNow, connection, schema, name).catch(() => {});
+  }
+
+  state.buttons = actions.filter((action) => SAYS[action] && (action !== "apply" || (declared && view.definition.managed))).map((action) => {
+    const button = element("button", { type: "button", disabled: state.busy }, `${SAYS[action][0]} …`);
     button.addEventListener("click", async () => {
       const answer = await confirmed(action, connection, title, dagId);
       button.focus();
-      if (!answer) return;
-      buttons.forEach((each) => { each.disabled = true; });
-      const told = (...content) => said.replaceChildren(...content);
-      told("Triggering …");
-      try {
-        const quoted = [schema, name].map((part) => `"${part.replaceAll('"', '""')}"`).join(".");
-        const run = await airflow(["dags", dagId, "dagRuns"], { logical_date: null, conf: { action, connection_id: connection, view: quoted, ...answer } });
-        await follow(isNow, dagId, run.dag_run_id, told, async (...content) => {
-          if (isNow()) await showView(isNow, connection, schema, name, [`${SAYS[action][0]}: `, ...content]);
-        });
-      } catch (error) {
-        told(element("span", { class: "error" }, error instanceof Refused ? error.message : `It could not be triggered: ${error}`));
-      }
-      buttons.forEach((each) => { each.disabled = false; });
+      if (answer) await carryOut(action, answer);
     });
     return button;
   });
-  return [element("p", { class: "tools" }, buttons, said)];
+  return [element("p", { class: "tools" }, state.buttons, state.said)];
 }

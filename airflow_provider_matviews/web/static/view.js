@@ -51,7 +51,7 @@ function comparison(connection, of) {
   return element("div", {}, element("p", {}, button), place);
 }
 
-function declared(definition, drift, runId, connection, of) {
+function declared({ definition, drift, drift_run_id: runId, drift_mended: mended }, connection, of) {
   const parts = [];
   if (definition.sql) parts.push(element("pre", { class: "sql" }, highlighted(definition.sql)));
   const declaration = Object.fromEntries(Object.entries(object(definition.declaration)).filter(([name, value]) => name !== "sql" && name !== "name"
@@ -59,7 +59,7 @@ function declared(definition, drift, runId, connection, of) {
   if (Object.keys(declaration).length) parts.push(element("details", {}, element("summary", {}, "What else is declared"), element("pre", {}, JSON.stringify(declaration, null, 2))));
   if (!definition.managed) parts.push(element("p", { class: "muted" }, "It was never declared to this provider, or as managed by somebody else: it is refreshed, and never altered."));
   if (drift?.length) {
-    parts.push(element("p", {}, element("strong", {}, "Differed from the database"), ", as ", link([connection, "runs", runId], `run ${runId}`), " found:"),
+    parts.push(element("p", {}, element("strong", {}, "Differed from the database"), ", as ", link([connection, "runs", runId], `run ${runId}`), mended ? " found and put right:" : " found and left:"),
       list(drift));
   } else if (drift) {
     parts.push(element("p", { class: "muted" }, "Nothing differed from the database when ", link([connection, "runs", runId], `run ${runId}`), " last looked."));
@@ -94,14 +94,14 @@ async function nextRun(dagId) {
 }
 
 // What runs now, with how far it is; when it ends the page is drawn anew.
-function followRuns(isNow, connection, known, place) {
+function followRuns(isNow, connection, known, place, again) {
   let seen = known.running.some((run) => !run.lost);
   const look = async () => {
     const { runs } = await ask("connections", connection, "running");
     if (!isNow()) return false;
     const mine = runs.filter((run) => run.schema_name === known.schema_name && run.view_name === known.view_name);
     if (seen && !mine.length && runs.length < 20) {
-      await showView(isNow, connection, known.schema_name, known.view_name);
+      await again();
       return false;
     }
     seen ||= mine.length > 0;
@@ -111,7 +111,13 @@ function followRuns(isNow, connection, known, place) {
   look().then((goOn) => goOn && whileShown(3000, isNow, look), () => whileShown(3000, isNow, look));
 }
 
-export async function showView(isNow, connection, schema, name, ended = []) {
+let drawings = 0;
+
+export async function showView(shown, connection, schema, name) {
+  drawings += 1;
+  const mine = drawings;
+  // It is drawn anew when something has ended: whoever follows the former drawing gives up.
+  const isNow = () => shown() && mine === drawings;
   const of = { schema_name: schema, view_name: name };
   const [view, history] = await Promise.all([
     ask("connections", connection, "view", of),
@@ -150,11 +156,11 @@ export async function showView(isNow, connection, schema, name, ended = []) {
     charts,
     section("What it reads, and what reads it", graph),
     section("Runs", runs),
-    declared(view.definition, view.drift, view.drift_run_id, connection, of),
+    declared(view, connection, of),
     database,
   );
-  actionBar(isNow, connection, view, ended).then((content) => actions.replaceChildren(...content), () => {});
-  followRuns(isNow, connection, known, underWay);
+  actionBar(shown, isNow, connection, view).then((content) => actions.replaceChildren(...content), () => {});
+  followRuns(isNow, connection, known, underWay, () => showView(shown, connection, schema, name));
   ask("connections", connection, "view", "choice", of).then(
     (found) => auto.replaceChildren(element("strong", {}, found.strategy), `, because ${found.reason}`),
     (error) => auto.replaceChildren(element("span", { class: "muted" }, error.message)));
