@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from airflow.api_fastapi.app import create_app
+from airflow.api_fastapi.auth.managers.simple.user import SimpleAuthManagerUser
 from airflow.sdk import DAG
+from fastapi.testclient import TestClient
 from psycopg.errors import DivisionByZero
 
 from airflow_provider_matviews.dags.actions import matview_actions
@@ -79,6 +83,44 @@ def test_a_refresh_that_fails_is_a_failed_run_of_the_dag(db: Database, act: Act)
     run = act("refresh", "mv")
     assert (run.state, run.states["refresh"]) == ("failed", "failed")
     assert DivisionByZero.__name__ in run.log
+
+
+def test_who_may_trigger_it_is_airflows_to_say_and_no_form_of_another_site_can(act: Act) -> None:
+    run_dag(matview_actions(), {"action": "refresh", "view": "mv", "connection_id": "hidden"})
+    app = create_app()
+    path = "/api/v2/dags/matviews_actions/dagRuns"
+    wish = {"logical_date": None, "conf": {"action": "refresh", "view": "mv", "connection_id": "views"}}
+
+    def client(role: str | None, *, as_a_browser: bool = False) -> TestClient:
+        if role is None:
+            return TestClient(app)
+        token = app.state.auth_manager.generate_jwt(SimpleAuthManagerUser(username=role, role=role))
+        if as_a_browser:
+            return TestClient(app, cookies={"_token": token})
+        return TestClient(app, headers={"Authorization": f"Bearer {token}"})
+
+    def count() -> int:
+        return int(client("admin").get(path).json()["total_entries"])
+
+    before = count()
+    roles = (None, "viewer", "user", "op", "admin")
+    assert {role: client(role).post(path, json=wish).status_code for role in roles} == {
+        None: 401,
+        "viewer": 403,
+        "user": 200,
+        "op": 200,
+        "admin": 200,
+    }
+    assert count() == before + 3
+    # What cannot be is refused before there is a run of it.
+    for wrong in ({"action": "drop"}, {"view": ""}, {"view": 7}, {"refresh_strategy": "x"}):
+        answer = client("admin").post(path, json={**wish, "conf": {**wish["conf"], **wrong}})
+        assert answer.status_code == 400, wrong
+    # What a form can send without the browser asking first: these types, and the cookie only from the same site.
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        answer = client("admin", as_a_browser=True).post(path, content=json.dumps(wish), headers={"Content-Type": kind})
+        assert answer.status_code == 422, kind
+    assert count() == before + 3
 
 
 @pytest.mark.parametrize(

@@ -283,7 +283,10 @@ def test_what_runs_is_followed_to_its_end(address: str, databases: dict[str, Dat
             look.open("#/some")
             row = look.page.locator("tr", has=look.page.get_by_role("link", name="daily", exact=True))
             playwright.expect(row.locator(".status")).to_have_text("running")
+            row.get_by_role("link").focus()
             playwright.expect(row.locator(".said")).to_contain_text("waiting for a lock behind")
+            # The row has been drawn anew under whoever stands on it.
+            playwright.expect(row.get_by_role("link")).to_be_focused()
             row.get_by_role("link").click()
             playwright.expect(look.page.locator("[role=status]").first).to_contain_text("waiting for a lock behind")
             changer.close()

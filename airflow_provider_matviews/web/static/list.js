@@ -64,6 +64,7 @@ export async function showViews(isNow, connection, others) {
   const search = element("input", { type: "search", placeholder: "Search", "aria-label": "Search views by name", id: "search" });
   const states = element("select", { "aria-label": "Only views of this state" }, element("option", { value: "" }, "All states"),
     ORDER.map((state) => element("option", { value: state }, state)));
+  const rows = new Map();
   const count = element("span", { class: "muted", role: "status" });
   const body = element("tbody");
   const heads = COLUMNS.map(([name], index) => {
@@ -90,7 +91,22 @@ export async function showViews(isNow, connection, others) {
       else head.removeAttribute("aria-sort");
     });
     count.textContent = chosen.length === views.length ? `${views.length} views` : `${chosen.length} of ${views.length} views`;
-    body.replaceChildren(...chosen.map((view) => element("tr", {}, cells(connection, view))));
+    // Row by row: whoever reads one, or stands on its link, is not disturbed by what becomes of others.
+    const focused = document.activeElement?.closest?.("tr");
+    const wanted = chosen.map((view) => {
+      const said = JSON.stringify(view);
+      const drawn = rows.get(view.view);
+      if (drawn?.said === said) return drawn.row;
+      const row = drawn?.row ?? element("tr");
+      row.replaceChildren(...cells(connection, view));
+      rows.set(view.view, { said, row });
+      if (row === focused) row.querySelector("a").focus({ preventScroll: true });
+      return row;
+    });
+    if (wanted.length !== body.children.length || wanted.some((row, index) => row !== body.children[index])) {
+      body.replaceChildren(...wanted);
+      if (wanted.includes(focused)) focused.querySelector("a").focus({ preventScroll: true });
+    }
   }
 
   search.addEventListener("input", () => {
