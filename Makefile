@@ -3,6 +3,7 @@
 # make test          all tests, then lint
 # make test-fast     the tests that need no whole Airflow
 # make lint          ruff and mypy
+# make docs          the documentation as a site, in build/site
 # make venv          only what all of these need, in .venv
 # make constraints   pin the newest versions of all that is needed
 # make clean         remove .venv and every cache
@@ -18,7 +19,7 @@ export UV_PYTHON_DOWNLOADS := never
 export UV_CACHE_DIR := $(CURDIR)/$(VENV)/.uv-cache
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint venv constraints clean
+.PHONY: help demo test test-fast lint docs venv constraints clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -52,6 +53,9 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 constraints: $(STAMP)
 	echo uv | $(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \

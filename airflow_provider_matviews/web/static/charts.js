@@ -74,19 +74,20 @@ export function drawHistory(place, runs) {
     ],
     milliseconds,
   );
-  const sized = good.filter((run) => run.row_count_after !== null || run.size_bytes !== null);
+  const measured = [
+    ["rows", "--series-2", number, (run) => run.row_count_after],
+    ["size", "--series-3", bytes, (run) => run.size_bytes],
+  ].filter(([, , , value]) => good.some((run) => value(run) !== null));
+  const sized = good.filter((run) => measured.some(([, , , value]) => value(run) !== null));
   const drawings = [drawDurations];
   const sections = [durations];
   if (sized.length > 1) {
     const [sizes, drawSizes] = chart(
       "Rows and size",
-      `Rows and size after the last ${sized.length} refreshes.`,
-      [
-        { label: "rows", scale: "y0", stroke: () => colour("--series-2"), points: { show: sized.length < 100 }, value: (_, value) => number(value) },
-        { label: "size", scale: "y1", stroke: () => colour("--series-3"), points: { show: sized.length < 100 }, value: (_, value) => bytes(value) },
-      ],
-      [sized.map((run) => Date.parse(run.created_at) / 1000), sized.map((run) => run.row_count_after), sized.map((run) => run.size_bytes)],
-      number, bytes,
+      `${measured.map(([name]) => name).join(" and ")} after the last ${sized.length} refreshes.`,
+      measured.map(([label, name, format], index) => ({ label, scale: `y${index}`, stroke: () => colour(name), points: { show: sized.length < 100 }, value: (_, value) => format(value) })),
+      [sized.map((run) => Date.parse(run.created_at) / 1000), ...measured.map(([, , , value]) => sized.map(value))],
+      ...measured.map(([, , format]) => format),
     );
     sections.push(sizes);
     drawings.push(drawSizes);

@@ -1,6 +1,6 @@
 // All views at a glance.
 
-import { age, airflow, ask, bytes, connectionPicker, element, link, milliseconds, number, progress, show, sparkline, time, whileShown } from "./parts.js";
+import { age, airflow, ask, bytes, connectionPicker, element, link, milliseconds, moment, number, progress, show, sparkline, time, whileShown } from "./parts.js";
 
 const ORDER = ["failing", "late", "running", "stale", "never run", "fresh", "gone"];
 const COLUMNS = [
@@ -29,7 +29,7 @@ function cells(connection, view) {
     element("td", {}, link([connection, "views", view.schema_name, view.view_name], view.view)),
     element("td", {}, element("span", { class: `status ${state.replace(" ", "-")}`, title: reasonOf(view) }, state),
       known ? [" ", progress(known), known.said ? element("div", { class: "said muted" }, known.said) : null] : null),
-    element("td", {}, view.last_filled_at ? element("span", { title: new Date(view.last_filled_at).toLocaleString() }, `${age(view.age)} ago`) : ""),
+    element("td", {}, view.last_filled_at ? element("span", { title: moment(view.last_filled_at) }, `${age(view.age)} ago`) : ""),
     element("td", { class: "number" }, sparkline(view.durations_ms), " ", milliseconds(view.last_run?.duration_ms)),
     element("td", { class: "number" }, number(view.row_count)),
     element("td", { class: "number" }, bytes(view.heap_bytes)),

@@ -108,9 +108,20 @@ export function age(seconds) {
   return `${Math.round(seconds / 86400)} days`;
 }
 
+// As Airflow writes moments, in the time zone that is chosen there; in the browser's own where none is.
+const moments = (() => {
+  const style = { dateStyle: "short", timeStyle: "medium" };
+  try {
+    const chosen = JSON.parse(localStorage.getItem("timezone"));
+    return new Intl.DateTimeFormat("sv-SE", { ...style, timeZone: typeof chosen === "string" && chosen !== "local" ? chosen : undefined });
+  } catch {
+    return new Intl.DateTimeFormat("sv-SE", style);
+  }
+})();
+export const moment = (value) => moments.format(new Date(value));
+
 export function time(value) {
-  if (!value) return "";
-  return element("time", { datetime: value, title: value }, new Date(value).toLocaleString());
+  return value ? element("time", { datetime: value, title: value }, moment(value)) : "";
 }
 
 // Names and values; and such as are filled in later, whose <dd> is given.

@@ -18,7 +18,7 @@ function row(connection, run, withView) {
     element("td", { class: "error" }, run.error ?? ""));
 }
 
-export async function runTable(connection, view = null) {
+export async function runTable(connection, view = null, pageSize = PAGE_SIZE) {
   const kept = { operation: "", status: "" };
   const body = element("tbody");
   const more = element("button", { type: "button" }, "Older runs");
@@ -31,7 +31,7 @@ export async function runTable(connection, view = null) {
     asked += 1;
     const mine = asked;
     const of = view ? { schema_name: view[0], view_name: view[1] } : {};
-    const found = await ask("connections", connection, "runs", { ...of, ...kept, limit: PAGE_SIZE, before: anew ? null : next });
+    const found = await ask("connections", connection, "runs", { ...of, ...kept, limit: pageSize, before: anew ? null : next });
     if (mine !== asked) return;
     const rows = found.runs.map((run) => row(connection, run, !view));
     if (anew) body.replaceChildren(...rows);
@@ -135,14 +135,14 @@ export async function showRun(isNow, connection, id) {
       taskLog(meta)),
     element("h1", {}, `Run ${run.id}: ${run.operation ?? "unknown operation"} of ${run.view}`),
     element("p", {}, element("span", { class: `status ${run.status}` }, run.status ?? "unknown"), " ",
-      response.reason ? element("span", { class: "muted" }, response.reason) : null),
+      response.reason && !meta.strategy ? element("span", { class: "muted" }, response.reason) : null),
     underWay,
     facts([
       ["Started", time(run.started_at)],
       ["Finished", time(run.finished_at)],
       ["Duration", milliseconds(run.duration_ms)],
       ["Waited for locks", response.waited_ms ? milliseconds(response.waited_ms) : ""],
-      ["Strategy", meta.strategy],
+      ["Strategy", meta.strategy ? [element("strong", {}, meta.strategy), response.reason ? `, because ${response.reason}` : ""] : ""],
       ["Rows before", number(meta.row_count_before)],
       ["Rows after", number(meta.row_count_after)],
       ["Connection", connection],

@@ -8,6 +8,7 @@ import { runTable } from "./runs.js";
 import { highlighted } from "./sql.js";
 
 const LONGEST_HISTORY = 500;
+const RUNS_SHOWN = 20;
 
 function list(items) {
   return items.length ? element("ul", {}, items.map((item) => element("li", {}, element("code", {}, item)))) : element("p", { class: "muted" }, "None.");
@@ -169,7 +170,7 @@ export async function showView(shown, connection, schema, name) {
     (found) => graph.replaceChildren(drawGraph(connection, found.views, known.view)),
     () => graph.replaceChildren(element("p", { class: "muted" }, "There is no drawing of it: it does not stand, or has too many around it.")));
   drawHistory(charts, history.runs.reverse());
-  runTable(connection, [schema, name]).then((content) => runs.replaceChildren(...content), (error) => runs.replaceChildren(element("p", { class: "notice error" }, error.message)));
+  runTable(connection, [schema, name], RUNS_SHOWN).then((content) => runs.replaceChildren(...content), (error) => runs.replaceChildren(element("p", { class: "notice error" }, error.message)));
   ask("connections", connection, "view", "catalog", of).then(
     (found) => database.replaceChildren(...described(connection, found)),
     (error) => database.replaceChildren(section("In the database", element("p", { class: "notice" }, error.message))));
