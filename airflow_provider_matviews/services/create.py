@@ -178,7 +178,8 @@ def _cannot_tell(job: Creating) -> Work[ServiceResponse]:
     report.told(reason="it stands already", drift=None)
     yield Note(
         f"{view.display} stands already and is left as it is. Whether it is what its definition says cannot "
-        "be told: the role lacks CREATE on its schema."
+        "be told: the role lacks CREATE on its schema.",
+        warning=True,
     )
     return report.end("skipped")
 

@@ -485,7 +485,8 @@ def _carry_out(
         meta = meta_of(prepared.report, terms, response.status)
         yield from declared(status)
         if prepared.report.source_state is not None:
-            yield from ledger.keep_sources(prepared.record.id, prepared.view, prepared.report.source_state)
+            keeping = ledger.keep_sources(prepared.record.id, prepared.view, prepared.report.source_state)
+            yield from explained(ledger.tracking_schema, keeping)
         duration = _milliseconds(begun)
         yield from ledger.finish(run_id, status, duration, meta)
         yield Command(sql.SQL("COMMIT"))
