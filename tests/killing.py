@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -73,12 +74,15 @@ class Order:
     :ivar deed: what it does, to the view ``mv``.
     :ivar at: at which of its statements it kills itself, from 1 on; 0 never. The statement has been sent then
         and its answer is still out, so the server sees the same as when it dies before the following one.
+    :ivar looking_too: whether statements that only look at something are counted. What they leave on the server is
+        what the statement before them has left.
     """
 
     dsn: str
     deed: Deed
     at: int = 0
     tracking_schema: str = "matviews"
+    looking_too: bool = True
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,15 @@ def work(deed: Deed, tracking_schema: str = "matviews") -> Work[Any]:
     return record_run(operation, subject, Ledger(tracking_schema), Terms(), lambda prepared: _service(deed, prepared))
 
 
+#: A query, and what makes one more than a look.
+_QUERY = ("SELECT", "WITH", "TABLE")
+_MORE = re.compile(r"\b(INSERT|UPDATE|DELETE|MERGE|nextval|pg_\w*advisory\w*)\b", re.IGNORECASE)
+
+
+def _only_looks(text: str) -> bool:
+    return text.lstrip().startswith(_QUERY) and not _MORE.search(text)
+
+
 class _Doomed(Driver):
     """Kills its own process at a chosen statement."""
 
@@ -134,10 +147,10 @@ class _Doomed(Driver):
         self._order, self._tell, self._statements = order, tell, 0
 
     def _execute(self, session: Session, statement: Any, parameters: Any) -> Any:
-        self._statements += 1
+        connection = self._connection(session)
+        text = psycopg.ClientCursor(connection).mogrify(statement, parameters)
+        self._statements += self._order.looking_too or not _only_looks(text)
         if self._statements == self._order.at:
-            connection = self._connection(session)
-            text = psycopg.ClientCursor(connection).mogrify(statement, parameters)
             os.write(self._tell, f"{session.value}: {' '.join(text.split())[:200]}".encode())
             connection.pgconn.send_query(text.encode())
             while connection.pgconn.flush():

@@ -17,7 +17,7 @@ from airflow_provider_matviews.services.browsing import RunFilter, run_list
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.locking import lock_key
 from airflow_provider_matviews.services.overview import read_overview
-from tests.conftest import Database, hook_on
+from tests.conftest import Database, examples, hook_on
 from tests.histories import (
     CREATE,
     DROP,
@@ -318,7 +318,7 @@ _PASTS = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(histories=st.lists(st.lists(_PASTS, max_size=12), min_size=1, max_size=3))
 def test_what_is_read_is_what_the_runs_say(db: Database, histories: list[list[Past]]) -> None:
     """Beside a model that goes through every run in Python."""

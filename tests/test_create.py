@@ -23,7 +23,7 @@ from airflow_provider_matviews.exceptions import (
     ViewNotManaged,
 )
 from airflow_provider_matviews.names import ViewName
-from tests.conftest import Database, hook_on
+from tests.conftest import Database, examples, hook_on
 from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 
 _NAMES = [
@@ -238,7 +238,7 @@ def test_whatever_the_text_a_view_comes_of_it_or_nothing(db: Database) -> None:
     before = _relations(db)
 
     @given(st.lists(_FRAGMENTS, min_size=1, max_size=6).map(" ".join))
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(25), deadline=None, suppress_health_check=list(HealthCheck))
     def harmless(text: str) -> None:
         assume(text.strip())
         try:

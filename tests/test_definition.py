@@ -28,6 +28,7 @@ from airflow_provider_matviews.definition import (
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
 from airflow_provider_matviews.names import ViewName, quote, shorten
 from airflow_provider_matviews.parts import Grant
+from tests.conftest import examples
 
 _CHARACTERS = st.characters(exclude_characters="\0", exclude_categories=["Cs"])
 #: What could end the header, or a string in it, before its time.
@@ -147,7 +148,7 @@ def _definitions(draw: st.DrawFn) -> MatViewDefinition:
 
 
 @given(_definitions())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_definition_survives_json_pickle_and_copying(definition: MatViewDefinition) -> None:
     assert MatViewDefinition.from_dict(json.loads(json.dumps(definition.to_dict()))) == definition
     assert pickle.loads(pickle.dumps(definition)) == definition
@@ -156,7 +157,7 @@ def test_a_definition_survives_json_pickle_and_copying(definition: MatViewDefini
 
 
 @given(_definitions().filter(lambda definition: definition.sql == definition.sql.strip()))
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(30), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_definition_survives_a_file_whose_header_is_one_comment(definition: MatViewDefinition) -> None:
     text = definition.to_sql()
     assert MatViewDefinition.from_sql(text) == definition

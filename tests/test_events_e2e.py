@@ -1,10 +1,14 @@
-"""Watched views in a real Airflow: however the changes come, and whatever dies meanwhile, the last one is refreshed."""
+"""Watched views in a real Airflow: however the changes come, and whatever dies meanwhile, the last one is refreshed.
+
+And what this Airflow tells of its refreshes by OpenLineage and StatsD meanwhile.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import LiteralString
 
 import pytest
@@ -12,6 +16,8 @@ from psycopg import sql
 
 from tests.conftest import Database
 from tests.live_airflow import LiveAirflow, descendants_of, kill, live_airflow, wait_until
+from tests.test_lineage import Receiver, transport
+from tests.test_stats import StatsD
 
 pytestmark = pytest.mark.e2e
 
@@ -24,12 +30,34 @@ SETTINGS = {
     # A triggerer that was killed is given up after a few seconds, not after half a minute.
     "AIRFLOW__TRIGGERER__JOB_HEARTBEAT_SEC": "1",
     "AIRFLOW__TRIGGERER__TRIGGERER_HEALTH_CHECK_THRESHOLD": "6",
+    # All of Airflow's own would not fit into the socket's buffer.
+    "AIRFLOW__METRICS__METRICS_ALLOW_LIST": "matviews",
+    "AIRFLOW__METRICS__STATSD_ON": "True",
+    "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
+    "AIRFLOW__METRICS__STATSD_INFLUXDB_ENABLED": "True",
 }
 
 
 @pytest.fixture(scope="module")
-def live() -> Iterator[LiveAirflow]:
-    with live_airflow("events", VIEWS, SETTINGS, {}) as running:
+def receiver() -> Iterator[Receiver]:
+    with closing(Receiver()) as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def statsd() -> Iterator[StatsD]:
+    with closing(StatsD()) as statsd:
+        yield statsd
+
+
+@pytest.fixture(scope="module")
+def live(receiver: Receiver, statsd: StatsD) -> Iterator[LiveAirflow]:
+    settings = {
+        **SETTINGS,
+        "AIRFLOW__OPENLINEAGE__TRANSPORT": transport(receiver),
+        "AIRFLOW__METRICS__STATSD_PORT": str(statsd.port),
+    }
+    with live_airflow("events", (*VIEWS, "observed"), settings, {}) as running:
         for view in VIEWS:
             with running.database.connect() as connection:
                 connection.execute(sql.SQL("CREATE TABLE {} (id integer)").format(_source(view)))
@@ -83,6 +111,36 @@ def _wait_for_rows(live: LiveAirflow, view: str, rows: int, triggerer: str) -> N
 
 def _refreshes(live: LiveAirflow, view: str) -> int:
     return len([run for run in live.hook.runs(view, limit=100) if run.operation == "refresh"])
+
+
+def test_a_refresh_is_told_of_by_worker_and_triggerer_alike(
+    live: LiveAirflow, receiver: Receiver, statsd: StatsD
+) -> None:
+    live.database.execute(
+        "CREATE TABLE t AS SELECT 1 AS id",
+        "CREATE VIEW v AS SELECT id FROM t",
+        "CREATE MATERIALIZED VIEW mv AS SELECT id FROM v",
+    )
+    statsd.received()
+    live.start("observed", "one")
+
+    def states() -> dict[str, str]:
+        return {each["task_id"]: each["state"] for each in live.airflow.api.task_instances("observed", "one")}
+
+    def told() -> list[str]:
+        return [each["job"]["name"] for each in receiver.events if each["eventType"] == "COMPLETE" and each["outputs"]]
+
+    wait_until(lambda: states() == {"worker": "success", "triggerer": "success"}, lambda: str(states()), 120)
+    wait_until(lambda: {"observed.worker", "observed.triggerer"} <= set(told()), lambda: str(told()), 30)
+    metrics = statsd.received()
+    for task in ("worker", "triggerer"):
+        event = receiver.ended(task)
+        assert [each["name"] for each in event["inputs"]] == ["warehouse.public.t"]
+        assert [each["name"] for each in event["outputs"]] == ["warehouse.public.mv"]
+        fields = event["outputs"][0]["facets"]["columnLineage"]["fields"]
+        assert [each["field"] for each in fields["id"]["inputFields"]] == ["id"]
+    ended = [tags for name, tags, _, _ in metrics if name == "refresh.duration" and tags["view"] == "mv"]
+    assert [(tags["conn_id"], tags["status"]) for tags in ended] == [("warehouse", "updated")] * 2
 
 
 def test_a_burst_of_changes_is_followed_by_a_refresh_and_not_by_many(live: LiveAirflow) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph
-from tests.conftest import Database, hook_on
+from tests.conftest import Database, examples, hook_on
 
 NAMES = [f"v{number}" for number in range(8)]
 
@@ -99,6 +99,7 @@ def test_in_a_circle_the_server_is_believed_before_people() -> None:
     assert Graph(views, needs, {}, {"a_top": frozenset({"z_base"})}).order == ("a_top", "z_base")
 
 
+@settings(max_examples=examples(40), deadline=None)
 @given(st.dictionaries(st.sampled_from(NAMES), st.sets(st.sampled_from(NAMES)), min_size=len(NAMES)))
 def test_whatever_reads_whatever_there_is_an_order(needs: dict[str, set[str]]) -> None:
     graph = _graph({name: needs.get(name, set()) - {name} for name in NAMES})

@@ -102,7 +102,7 @@ def test_a_kill_at_any_statement_leaves_all_of_the_operation_or_nothing(
     for at in range(1, 100):
         scene.set_up(deed)
         old, new = scene.served(), None if deed in DROPS else scene.value
-        end = killing.run(Order(db.dsn(), deed, at=at))
+        end = killing.run(Order(db.dsn(), deed, at=at, looking_too=False))
         until(db, VICTIM_GONE)
         runs, story = scene.runs(), f"killed at {at}: {end.statement}"
         if runs == [("success", None)]:
@@ -156,7 +156,7 @@ def test_a_kill_at_any_statement_of_a_change_leaves_all_of_it_or_nothing(
     outcomes = set()
     for at in range(1, 150):
         set_up()
-        end = killing.run(Order(db.dsn(), deed, at=at))
+        end = killing.run(Order(db.dsn(), deed, at=at, looking_too=False))
         until(db, VICTIM_GONE)
         first, *runs = scene.runs()
         story = f"killed at {at}: {end.statement}"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.column_lineage import columns_of
 from airflow_provider_matviews.services.lineage import ViewLineage, pack, read, unpack
 from tests.conftest import Database, hook_on
-from tests.live_airflow import live_airflow, wait_until
-from tests.test_stats import StatsD
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "s3cret-word"
@@ -115,7 +112,7 @@ def receiver() -> Iterator[Receiver]:
     receiver.close()
 
 
-def _transport(receiver: Receiver) -> str:
+def transport(receiver: Receiver) -> str:
     return json.dumps({"type": "http", "url": receiver.url, "endpoint": "api/v1/lineage"})
 
 
@@ -148,7 +145,7 @@ def test_what_a_receiver_is_told_is_what_the_catalog_says(db: Database, receiver
         env={
             **os.environ,
             "AIRFLOW_CONN_POSTGRES_DEFAULT": json.dumps(connection),
-            "AIRFLOW__OPENLINEAGE__TRANSPORT": _transport(receiver),
+            "AIRFLOW__OPENLINEAGE__TRANSPORT": transport(receiver),
         },
         stdout=subprocess.PIPE,
         text=True,
@@ -396,47 +393,3 @@ def test_a_deferred_fleet_brings_what_it_read_back_to_the_task_and_a_second_copy
     assert told is not None
     assert sorted(each["name"] for each in told["lineage"]["relations"]) == ["a", "a", "b", "t"]
     json.dumps(told)
-
-
-@pytest.mark.e2e
-def test_a_real_airflow_tells_of_a_refresh_by_worker_and_triggerer_alike(
-    receiver: Receiver,
-) -> None:
-    statsd = StatsD()
-    settings = {
-        "AIRFLOW__OPENLINEAGE__TRANSPORT": _transport(receiver),
-        "AIRFLOW__METRICS__STATSD_ON": "True",
-        "AIRFLOW__METRICS__STATSD_HOST": "127.0.0.1",
-        "AIRFLOW__METRICS__STATSD_PORT": str(statsd.port),
-        "AIRFLOW__METRICS__STATSD_INFLUXDB_ENABLED": "True",
-        # All of Airflow's own would not fit into the socket's buffer.
-        "AIRFLOW__METRICS__METRICS_ALLOW_LIST": "matviews",
-        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",
-    }
-    with closing(statsd), live_airflow("observed", ("observed",), settings, {}) as live:
-        live.database.execute(
-            "CREATE TABLE t AS SELECT 1 AS id",
-            "CREATE VIEW v AS SELECT id FROM t",
-            "CREATE MATERIALIZED VIEW mv AS SELECT id FROM v",
-        )
-        statsd.received()
-        live.start("observed", "one")
-
-        def states() -> dict[str, str]:
-            return {each["task_id"]: each["state"] for each in live.airflow.api.task_instances("observed", "one")}
-
-        wait_until(lambda: states() == {"worker": "success", "triggerer": "success"}, lambda: str(states()), 120)
-        wait_until(
-            lambda: sum(each["eventType"] == "COMPLETE" and bool(each["outputs"]) for each in receiver.events) == 2,
-            "both have been told of",
-            30,
-        )
-        metrics = statsd.received()
-    for task in ("worker", "triggerer"):
-        event = receiver.ended(task)
-        assert [each["name"] for each in event["inputs"]] == ["warehouse.public.t"]
-        assert [each["name"] for each in event["outputs"]] == ["warehouse.public.mv"]
-        fields = event["outputs"][0]["facets"]["columnLineage"]["fields"]
-        assert [each["field"] for each in fields["id"]["inputFields"]] == ["id"]
-    ended = [tags for name, tags, _, _ in metrics if name == "refresh.duration"]
-    assert [(tags["view"], tags["conn_id"], tags["status"]) for tags in ended] == [("mv", "warehouse", "updated")] * 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from airflow_provider_matviews.exceptions import InvalidDefinition, InvalidName
 from airflow_provider_matviews.names import MAX_IDENTIFIER_BYTES, ViewName, check_identifier, quote, shorten
-from tests.conftest import Database
+from tests.conftest import Database, examples
 
 #: Any text that a server can be sent.
 _TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
@@ -46,7 +46,7 @@ def test_a_name_is_read_as_the_server_reads_it(db: Database) -> None:
         @example("a..b")
         @example("a.")
         @example("1a")
-        @settings(max_examples=1000, deadline=None)
+        @settings(max_examples=examples(300), deadline=None)
         def agree(text: str) -> None:
             expected = _read_by_server(connection, text)
             if expected is None:
@@ -64,7 +64,7 @@ def test_a_name_that_is_printed_is_the_name_of_what_is_created_with_it(db: Datab
         connection.autocommit = False
 
         @given(_IDENTIFIERS, _IDENTIFIERS)
-        @settings(max_examples=200, deadline=None)
+        @settings(max_examples=examples(100), deadline=None)
         def survive(schema: str, name: str) -> None:
             view = ViewName(name, schema)
             assert ViewName.parse(str(view)) == view

@@ -28,7 +28,7 @@ from airflow_provider_matviews.exceptions import (
     StrategyRefused,
 )
 from airflow_provider_matviews.services.plan_steps import Plan
-from tests.conftest import Database, hook_on
+from tests.conftest import Database, examples, hook_on
 
 SOURCE = """
 CREATE TABLE source (id integer, name varchar(40), amount numeric(12, 2), day date, tags integer[]);
@@ -163,7 +163,7 @@ def test_after_any_definition_was_applied_over_any_other_nothing_is_left_to_do(d
         .as_string(None)
     )
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(15), deadline=None, suppress_health_check=list(HealthCheck))
     @given(changes(roles))
     def check(change: tuple[MatViewDefinition, MatViewDefinition]) -> None:
         first, second = change

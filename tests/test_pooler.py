@@ -17,6 +17,7 @@ import pytest
 from airflow_provider_matviews.definition import MatViewDefinition
 from airflow_provider_matviews.exceptions import MatViewError, OperationTimedOut, ViewLocked
 from airflow_provider_matviews.hooks.matview import MatViewHook
+from airflow_provider_matviews.services import execute, execute_async
 from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.execute_async import AsyncDriver
 from airflow_provider_matviews.services.ledger import Ledger
@@ -387,8 +388,12 @@ def test_a_pool_of_one_server_connection_is_an_error_and_leaves_nothing(declared
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["blocking", "asynchronous"])
-def test_who_waits_for_the_pooler_itself_ends_in_time_too(declared: Database, asynchronous: bool) -> None:
+def test_who_waits_for_the_pooler_itself_ends_in_time_too(
+    declared: Database, asynchronous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nobody listens there to a request to cancel: its connection is cut after some seconds."""
+    for driver in (execute, execute_async):
+        monkeypatch.setattr(driver, "CUT_AFTER", 1.0)
     with PgBouncer(declared.server, 1) as pooler, pooler.connect(declared.name) as other:
         other.execute("BEGIN")
         other.execute("SELECT 1")

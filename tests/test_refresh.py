@@ -20,7 +20,7 @@ from airflow_provider_matviews.exceptions import (
     ViewNotFound,
 )
 from airflow_provider_matviews.hooks.matview import MatViewHook
-from tests.conftest import Database, hook_on
+from tests.conftest import Database, examples, hook_on
 from tests.racing import beside, until
 
 _BY_ID = "CREATE UNIQUE INDEX mv_id ON mv (id)"
@@ -320,7 +320,7 @@ def test_exact_row_counts_are_exact_in_any_round_of_changes(each_db: Database) -
         st.integers(0, 3),
         st.integers(1, 4),
     )
-    @settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples(8), deadline=None, suppress_health_check=list(HealthCheck))
     def a_round(strategy: str, inserted: int, deleted: int, changed: int, nulls: int) -> None:
         with each_db.connect() as connection:
             before = connection.execute("SELECT count(*) FROM mv").fetchone()

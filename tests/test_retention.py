@@ -41,7 +41,7 @@ from airflow_provider_matviews.services.ledger import Ledger
 from airflow_provider_matviews.services.retention import RETAINED_AT_ONCE, Pruning, prune_runs, retain
 from demo.postgres_server import PostgresServer
 from tests.airflow_dags import run_dag, set_connection
-from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
+from tests.conftest import INSTALLATIONS, NEWEST, Database, examples, hook_on
 from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 
 #: (definition, operation, status, seconds ago)
@@ -202,7 +202,7 @@ def odd(each_db: Database) -> Iterator[tuple[psycopg.Connection[Any], Ledger, Dr
         yield connection, ledger, driver
 
 
-_OFTEN = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+_OFTEN = settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @_OFTEN

@@ -24,7 +24,7 @@ from airflow_provider_matviews.services.execute import Driver
 from airflow_provider_matviews.services.instructions import Command, Work
 from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.picture import Picture, speak_plainly, take_picture
-from tests.conftest import INSTALLATIONS, Database, hook_on
+from tests.conftest import INSTALLATIONS, Database, examples, hook_on
 from tests.driving import InterruptedDriver, connecting, refreshing
 from tests.racing import until
 
@@ -231,7 +231,7 @@ def test_any_mixture_of_attributes_survives_a_swap(db: Database) -> None:
     db.execute(SOURCE, f"GRANT CREATE, USAGE ON SCHEMA public TO {role}", f"GRANT SELECT ON source TO {role}")
     numbers = iter(range(1000))
 
-    @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(name=NAMES, chosen=st.lists(st.sampled_from(ATTRIBUTES), unique=True, max_size=len(ATTRIBUTES)))
     def survives(name: str, chosen: list[str]) -> None:
         schema = f"s{next(numbers)}"

@@ -41,7 +41,7 @@ from airflow_provider_matviews.services.run import Subject, Terms
 from airflow_provider_matviews.services.verification import Scope, Verdict, VerifyMode
 from demo.postgres_server import PostgresServer
 from tests.airflow_dags import run_dag, set_connection
-from tests.conftest import INSTALLATIONS, NEWEST, Database, hook_on
+from tests.conftest import INSTALLATIONS, NEWEST, Database, examples, hook_on
 from tests.driving import connecting
 from tests.racing import AT_THE_GATE, GATE, beside, gate_closed, until
 from tests.standby import caught_up, standby_of
@@ -439,7 +439,7 @@ def test_counts_are_those_of_multisets_whatever_the_rows(db: Database) -> None:
         return tuple(map(repr, row))
 
     # Small as they are; to shrink them further would take minutes.
-    @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+    @settings(max_examples=examples(12), deadline=None, phases=[Phase.explicit, Phase.generate])
     @given(_ROWS, _ROWS, st.data())
     def check(rows: list[Any], others: list[Any], data: st.DataObject) -> None:
         kept = data.draw(st.lists(st.sampled_from(rows), max_size=8) if rows else st.just([]))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from airflow_provider_matviews.exceptions import InvalidDefinition
 from airflow_provider_matviews.windows import DAYS, MaintenanceWindow, as_windows, why_not_now
+from tests.conftest import examples
 
 BERLIN = ZoneInfo("Europe/Berlin")
 #: Its clocks go from 02:00 to 03:00 on 2026-03-29, and from 03:00 to 02:00 on 2026-10-25, both Sundays.
@@ -67,7 +68,7 @@ def _windows_and_instants(draw: st.DrawFn) -> tuple[MaintenanceWindow, datetime]
 
 
 @given(_windows_and_instants(), st.sampled_from([0, 0.5, 59]))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 def test_a_window_is_open_and_opens_next_as_a_clock_on_the_wall_says(
     drawn: tuple[MaintenanceWindow, datetime], seconds: float
 ) -> None:
