@@ -46,6 +46,7 @@ class AirflowServer:
     :param connections: Airflow connections by their id, as JSON would hold them.
     :param settings: environment variables, before those that make it what it is otherwise: another executor,
         another metadata database.
+    :param base_path: under which it is served, as behind a proxy: ``/airflow``.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class AirflowServer:
         dags: Path,
         connections: Mapping[str, Mapping[str, object]],
         settings: Mapping[str, str] | None = None,
+        base_path: str = "",
     ) -> None:
         self._home = Path(tempfile.mkdtemp(prefix="airflow-demo-"))
-        self.url = f"http://127.0.0.1:{free_port()}"
+        self._port = free_port()
+        self.url = f"http://127.0.0.1:{self._port}{base_path}"
         self.api = AirflowApi(self.url)
         self._environment = {**self._make_environment(dags, connections), **(settings or {})}
         self._processes: dict[str, GuardedProcess] = {}
@@ -145,7 +148,6 @@ class AirflowServer:
 
     def _make_environment(self, dags: Path, connections: Mapping[str, Mapping[str, object]]) -> dict[str, str]:
         """Build the environment: nothing of another Airflow that the user may have configured."""
-        port = self.url.rpartition(":")[2]
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
         return {
             **{name: value for name, value in os.environ.items() if not name.startswith(("AIRFLOW", "PG"))},
@@ -165,7 +167,7 @@ class AirflowServer:
             "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "True",
             "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{self.url}/execution/",
             "AIRFLOW__API__HOST": "127.0.0.1",
-            "AIRFLOW__API__PORT": port,
+            "AIRFLOW__API__PORT": str(self._port),
             "AIRFLOW__API__BASE_URL": self.url,
             "AIRFLOW__API__WORKERS": "1",
             "AIRFLOW__API__SECRET_KEY": secrets.token_hex(),

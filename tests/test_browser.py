@@ -87,7 +87,7 @@ def address(databases: dict[str, Database], tmp_path_factory: pytest.TempPathFac
     dags = tmp_path_factory.mktemp("dags")
     shutil.copy(ROOT / "example_dags" / "matviews_actions.py", dags)
     settings = {"AIRFLOW__MATVIEWS__ACTIONS": "matviews_actions"}
-    with AirflowServer(dags, connections, settings) as airflow:
+    with AirflowServer(dags, connections, settings, base_path="/base/path") as airflow:
         airflow.begin_migration()
         airflow.start()
         wait_for_dags(airflow, ("matviews_actions",))

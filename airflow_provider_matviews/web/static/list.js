@@ -90,7 +90,7 @@ export async function showViews(isNow, connection, others) {
       if (index === kept.column) head.setAttribute("aria-sort", kept.down ? "descending" : "ascending");
       else head.removeAttribute("aria-sort");
     });
-    count.textContent = chosen.length === views.length ? `${views.length} views` : `${chosen.length} of ${views.length} views`;
+    count.textContent = chosen.length === views.length ? `${views.length} ${views.length === 1 ? "view" : "views"}` : `${chosen.length} of ${views.length} views`;
     // Row by row: whoever reads one, or stands on its link, is not disturbed by what becomes of others.
     const focused = document.activeElement?.closest?.("tr");
     const wanted = chosen.map((view) => {
