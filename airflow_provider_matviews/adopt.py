@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import psycopg
 from airflow.providers.common.compat.sdk import AirflowException
 
+from airflow_provider_matviews.cli.process import with_connections_of_airflow
 from airflow_provider_matviews.exceptions import MatViewError
 from airflow_provider_matviews.hooks.matview import MatViewHook
 
@@ -32,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     given = parser.parse_args(arguments)
     try:
-        hook = MatViewHook(postgres_conn_id=given.conn_id)
-        hook.adopt(given.schema, folder=given.to, overwrite=given.overwrite)
+        with with_connections_of_airflow():
+            hook = MatViewHook(postgres_conn_id=given.conn_id)
+            hook.adopt(given.schema, folder=given.to, overwrite=given.overwrite)
     except (MatViewError, AirflowException, psycopg.Error, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

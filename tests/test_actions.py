@@ -135,9 +135,11 @@ def test_who_may_trigger_it_is_airflows_to_say_and_no_form_of_another_site_can(a
         ("a=b=c", "entry 1"),
         ("one, two", "entry 2"),
         ("views=one, views=two", "entry 2"),
+        ("one, veiws=two", "entry 2 of it names a connection that the option connections does not"),
     ],
 )
 def test_the_configuration_says_whose_dag_it_is(monkeypatch: pytest.MonkeyPatch, text: str, found: str | None) -> None:
+    monkeypatch.setenv("AIRFLOW__MATVIEWS__CONNECTIONS", "views, others")
     monkeypatch.setenv("AIRFLOW__MATVIEWS__ACTIONS", text)
     if found and found.startswith("entry"):
         with pytest.raises(InvalidDefinition, match=found):

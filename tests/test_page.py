@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import quote, urlencode
@@ -32,6 +33,7 @@ from airflow_provider_matviews.plugins.matviews import MatViewsPlugin
 from airflow_provider_matviews.services import browsing
 from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.locking import lock_key
+from airflow_provider_matviews.web import api
 from airflow_provider_matviews.web.settings import shown_connections
 from tests.airflow_dags import make_metadata_database, run_dag, set_connection
 from tests.conftest import Database, hook_on
@@ -142,10 +144,13 @@ def test_views_are_listed_with_their_state(db: Database, get: Get) -> None:
     db.execute("UPDATE t SET a = 0")
     with pytest.raises(DivisionByZero):
         hook.refresh("bad")
+    with pytest.raises(DivisionByZero):
+        hook.create(MatViewDefinition(name="never_made", sql="SELECT 1 / a AS b FROM t"))
     views = {view["view"]: view for view in get("/api/v1/connections/views/views").json()["views"]}
     assert {name: view["state"] for name, view in views.items()} == {
         "good": "fresh",
         "bad": "failing",
+        "never_made": "failing",
         'app."O\'dd <b>"': "fresh",
     }
     assert views["bad"]["last_run"]["error"].startswith("DivisionByZero: division by zero")
@@ -295,6 +300,7 @@ def test_what_auto_would_choose_now_is_said_with_its_reason(db: Database, get: G
     found = get(path, params={**MV, "view_name": "other"}).json()
     assert (found["declared"], found["strategy"]) == ("auto", "regular")
     assert get(path, params={**MV, "view_name": "none"}).status_code == 404
+    assert found["may_refresh"] is True
 
 
 def test_what_runs_is_shown_with_how_far_it_is(db: Database, get: Get) -> None:
@@ -342,6 +348,24 @@ def test_a_running_view_and_a_lost_one_are_told_apart(db: Database, get: Get) ->
         views = {view["view"]: view for view in get("/api/v1/connections/views/views").json()["views"]}
     assert (views["busy"]["state"], views["busy"]["running"][0]["lost"]) == ("running", False)
     assert views["lost"]["running"][0]["lost"] is True
+    runs = {run["view"]: run["id"] for run in get("/api/v1/connections/views/runs?status=running").json()["runs"]}
+    assert get(f"/api/v1/connections/views/runs/{runs['lost']}").json()["lost"] is True
+
+
+def test_those_who_wait_for_a_database_leave_room_for_others(get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_LONGEST_WAIT", 0.05)
+    with ExitStack() as stack:
+        for _ in range(10):
+            assert api._asking.acquire(timeout=0)
+            stack.callback(api._asking.release)
+        answer = get("/api/v1/connections/views/views")
+        assert (answer.status_code, "Too many are waiting" in answer.json()["detail"]) == (503, True)
+        assert get("/api/v1/connections").status_code == 200
+    assert get("/api/v1/connections/views/views").status_code == 200
+    # Whoever got an error has left, too.
+    for _ in range(12):
+        assert get("/api/v1/connections/missing/views").status_code == 404
+    assert get("/api/v1/connections/views/views").status_code == 200
 
 
 def test_one_view_is_shown_as_recorded_and_as_it_stands(db: Database, get: Get) -> None:
@@ -403,6 +427,9 @@ def test_runs_are_filtered_and_paged_without_gaps_or_repeats(db: Database, get: 
     assert len(failed) == 3
     assert set(failed) <= set(everything)
     assert pages(operation="drop") == []
+    for half in ({"schema_name": "public"}, {"view_name": "a"}):
+        for path in ("runs", "graph"):
+            assert get(f"/api/v1/connections/views/{path}", params=half).status_code == 404
     for query in ({"status": "odd"}, {"limit": 0}, {"limit": 501}, {"before": "x"}, {"before": "1-2-3"}):
         assert get("/api/v1/connections/views/runs", params=query).status_code == 422
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import cache, cached_property
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from urllib.parse import quote
 
 import psycopg
@@ -63,6 +63,9 @@ class ServerHook(PostgresHook):
 
     Its arguments are described where people make one, in ``matview.py``.
     """
+
+    #: What goes to libpq where the Airflow connection says nothing else.
+    connection_defaults: ClassVar[Mapping[str, Any]] = _CONNECTION_DEFAULTS
 
     def __init__(
         self,
@@ -272,7 +275,7 @@ class ServerHook(PostgresHook):
                 f"The connection {self.get_conn_id()} is of type {connection.conn_type!r}, not PostgreSQL.",
                 hint="give conn_id the id of a connection of type Postgres.",
             )
-        extra = {**_CONNECTION_DEFAULTS, "application_name": self.application_name, **connection.extra_dejson}
+        extra = {**self.connection_defaults, "application_name": self.application_name, **connection.extra_dejson}
         connection.extra = json.dumps(extra)
         self._connection = connection
 

@@ -20,6 +20,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Command, Query, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
+from airflow_provider_matviews.services.locking import lock_is_held, lock_name
 from airflow_provider_matviews.services.metrics import number, read_recorded
 from airflow_provider_matviews.services.overview import ViewGlance, glance
 from airflow_provider_matviews.services.plan_steps import PlanStep, StepKind
@@ -44,6 +45,7 @@ class RunPage:
     :ivar view_name: likewise, without the schema.
     :ivar previous_id: the run before it; None where it is the first that is left.
     :ivar next_id: the run after it; None where it is the last.
+    :ivar lost: whether it says ``running``, and its process is gone.
     """
 
     run: Run
@@ -51,6 +53,7 @@ class RunPage:
     view_name: str
     previous_id: int | None
     next_id: int | None
+    lost: bool
 
 
 class TooManyRows(MatViewError):
@@ -138,8 +141,23 @@ def run_page(ledger: Ledger, run_id: int) -> Work[RunPage | None]:
         (run_id,),
         Session.RECORD,
     )
-    # Deleted in between.
-    return None if row is None else RunPage(run, row["schema_name"], row["view_name"], row["previous"], row["next"])
+    if row is None:
+        # Deleted in between.
+        return None
+    view = ResolvedName(row["schema_name"], row["view_name"], row["view_name"])
+    lost = run.status == "running" and (yield from _is_lost(ledger, run_id, view))
+    return RunPage(run, row["schema_name"], row["view_name"], row["previous"], row["next"], lost)
+
+
+def _is_lost(ledger: Ledger, run_id: int, view: ResolvedName) -> Work[bool]:
+    held = yield from fetch_one(
+        sql.SQL("SELECT {} AS held").format(lock_is_held(sql.SQL("%s"))), (lock_name(view),), Session.RECORD
+    )
+    if held is None or held["held"]:
+        return False
+    # Newer than the look at the lock: what ended just before that does not say `running` in it.
+    run = yield from ledger.run(run_id)
+    return run is not None and run.status == "running"
 
 
 @dataclass(frozen=True)
@@ -206,7 +224,7 @@ def run_list(ledger: Ledger, wanted: RunFilter, limit: int) -> Work[list[dict[st
 
 def _chosen(wanted: RunFilter) -> sql.SQL:
     if wanted.operation is None and wanted.status is None:
-        if wanted.view_name is None:
+        if wanted.schema_name is None or wanted.view_name is None:
             return sql.SQL(
                 "SELECT r.id FROM {runs} r WHERE {before} ORDER BY r.created_at DESC, r.id DESC LIMIT %(limit)s"
             )
@@ -394,6 +412,7 @@ class Choice:
     :ivar reason: why, in one clause.
     :ivar swap_obstacles: why it cannot be swapped; empty where it can.
     :ivar bloat: how many times the room of the last rebuild a row of it takes; None where unknown.
+    :ivar may_refresh: whether the connection's role may refresh it at all.
     """
 
     declared: str
@@ -401,6 +420,7 @@ class Choice:
     reason: str
     swap_obstacles: list[str]
     bloat: float | None
+    may_refresh: bool
 
 
 def view_choice(ledger: Ledger, schema_name: str, view_name: str, seconds: float) -> Work[Choice | None]:
@@ -411,26 +431,27 @@ def view_choice(ledger: Ledger, schema_name: str, view_name: str, seconds: float
         definition = yield from ledger.glance(view)
         return None if definition is None else (definition, (yield from ledger.past_refreshes(definition.id)))
 
-    def now(past: list[PastRefresh]) -> Work[tuple[Situation, RefreshStrategy, str] | None]:
+    def now(past: list[PastRefresh]) -> Work[tuple[Situation, bool, RefreshStrategy, str] | None]:
         server, _ = yield from catalog.arrive(ViewName(view_name, schema_name))
         facts = yield from catalog.find_view(view)
         if facts is None:
             return None
         situation = yield from situation_of(facts, (yield from catalog.indexes_of(facts.oid)), server, past)
-        return situation, *choose(situation)
+        return situation, facts.can_maintain, *choose(situation)
 
     known = yield from recorded(ledger, lambda _: read_only(of_record(), seconds))
     definition, past = known or (None, [])
     chosen = yield from read_only(now(past), seconds, Session.WORK)
     if chosen is None:
         return None
-    situation, strategy, reason = chosen
+    situation, may_refresh, strategy, reason = chosen
     return Choice(
         (definition.refresh_strategy if definition else RefreshStrategy.AUTO).value,
         strategy.value,
         reason,
         list(situation.swap_obstacles),
         situation.bloat,
+        may_refresh,
     )
 
 

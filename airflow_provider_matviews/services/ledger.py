@@ -717,6 +717,10 @@ def _backtrace(error: BaseException) -> list[str]:
 def _definition(row: Mapping[str, Any]) -> DefinitionRecord:
     # By name: a newer version of this package may have added columns, and an older one may not have had them yet.
     values = {field.name: row[field.name] for field in fields(DefinitionRecord) if field.name in row}
-    values["refresh_strategy"] = _STRATEGIES[row["refresh_strategy"]]
-    values["unique_index_columns"] = tuple(row["unique_index_columns"])
+    values["refresh_strategy"] = _STRATEGIES.get(row["refresh_strategy"], RefreshStrategy.AUTO)
+    # Other programs write into this table, too.
+    columns = row["unique_index_columns"]
+    values["unique_index_columns"] = tuple(columns) if isinstance(columns, list) else ()
+    if not isinstance(row.get("declaration", {}), dict):
+        values["declaration"] = {}
     return DefinitionRecord(**values)

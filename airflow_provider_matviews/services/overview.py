@@ -71,6 +71,8 @@ def _state(metrics: ViewMetrics, usual: float | None) -> tuple[ViewState, str]:
     last = metrics.last_attempt
     if running:
         return ViewState.RUNNING, f"its {running[0].operation} is under way"
+    if not metrics.stands and last is not None and (last.operation, last.status) == ("create", "failed"):
+        return ViewState.FAILING, "its creation failed, and it does not stand"
     if not metrics.stands:
         return ViewState.GONE, "no materialized view stands under its name; only the record is left"
     if lost:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
-from typing import Annotated, Any, Literal, TypeVar
+from threading import BoundedSemaphore
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import psycopg
 from airflow.providers.common.compat.sdk import AirflowNotFoundException
@@ -33,6 +34,13 @@ _LARGEST_ID = 2**63 - 1
 _NOTHING = "Nothing of this name or number is on record there."
 #: Seconds that a statement may take while somebody waits at a screen.
 LONGEST_STATEMENT = 5.0
+#: Characters of an error in a list: all of it is with its run.
+_LONGEST_ERROR = 300
+#: So many ask databases at a time: they share their threads with all of Airflow's API, which a database that hangs
+#: must not stop.
+_asking = BoundedSemaphore(10)
+#: Seconds for which the next one waits.
+_LONGEST_WAIT = 2.0
 _T = TypeVar("_T")
 #: What PostgreSQL could hold: no NUL.
 _HELD = r"^[^\x00]*$"
@@ -61,7 +69,7 @@ router = APIRouter(
             403: "The caller may not read this connection.",
             404: "There is no such connection, view or run, or it is not shown here.",
             502: "The database could not be read.",
-            503: "The configuration of this page cannot be read.",
+            503: "The configuration of this page cannot be read, or too many are waiting for a database.",
             504: "The database took too long to answer.",
         }.items()
     },
@@ -183,6 +191,7 @@ class RunDetail(BaseModel):
     view_name: str
     previous_id: int | None
     next_id: int | None
+    lost: bool
 
 
 class GraphView(BaseModel):
@@ -286,6 +295,7 @@ class ChoiceDetail(BaseModel):
     reason: str
     swap_obstacles: list[str]
     bloat: float | None
+    may_refresh: bool
 
 
 class RunUnderWay(BaseModel):
@@ -346,6 +356,7 @@ def read_graph(
     view_name: SomeNamePart = None,
 ) -> GraphDetail:
     """Read which views read which, of all of them or around one; of more than 300 there is no drawing."""
+    _whole_name(schema_name, view_name)
     graph = _ask(
         shown,
         lambda _: browsing.view_graph(schema_name, view_name),
@@ -380,6 +391,7 @@ def list_runs(
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
 ) -> RunList:
     """List runs, newest first: of one view, where both parts of its name are given, or of all."""
+    _whole_name(schema_name, view_name)
     wanted = browsing.RunFilter(schema_name, view_name, operation, run_status, before)
     rows = _ask(shown, lambda ledger: browsing.run_list(ledger, wanted, limit), [])
     last = rows[-1]["mark"] if len(rows) == limit else None
@@ -514,7 +526,7 @@ def _summary(each: ViewGlance) -> ViewSummary:
             duration_ms=last.duration_ms,
             strategy=last.strategy,
             dag_id=last.dag_id,
-            error=_told(last.error),
+            error=(_told(last.error) or "")[:_LONGEST_ERROR] or None,
         ),
         last_filled_at=known.last_filled_at,
         age=known.age,
@@ -544,9 +556,22 @@ def _told(error: object) -> str | None:
     return None if error is None else str(error)
 
 
+class _Hook(MatViewHook):
+    """For somebody who waits at a screen."""
+
+    connection_defaults: ClassVar[Mapping[str, Any]] = {**MatViewHook.connection_defaults, "connect_timeout": 3}
+
+
+def _whole_name(schema_name: str | None, view_name: str | None) -> None:
+    if (schema_name is None) != (view_name is None):
+        raise HTTPException(
+            status.HTTP_404_NOT_FOUND, "Half a name is that of no view: give both schema_name and view_name, or neither."
+        )
+
+
 def _hook(shown: tuple[str, str]) -> MatViewHook:
     connection_id, tracking_schema = shown
-    return MatViewHook(postgres_conn_id=connection_id, tracking_schema=tracking_schema)
+    return _Hook(postgres_conn_id=connection_id, tracking_schema=tracking_schema)
 
 
 def _ask(
@@ -561,6 +586,10 @@ def _ask(
 
 
 def _answer(ask: Callable[[], _T | None], nothing: Any = None, *, nothing_of_it: str = _NOTHING) -> _T:
+    if not _asking.acquire(timeout=_LONGEST_WAIT):
+        raise HTTPException(
+            status.HTTP_503_SERVICE_UNAVAILABLE, "Too many are waiting for a database just now. Try it again."
+        )
     try:
         answer = ask()
     except AirflowNotFoundException as error:
@@ -576,6 +605,8 @@ def _answer(ask: Callable[[], _T | None], nothing: Any = None, *, nothing_of_it:
         raise HTTPException(
             status.HTTP_502_BAD_GATEWAY, f"The database could not be read ({type(error).__name__})."
         ) from error
+    finally:
+        _asking.release()
     if answer is None:
         answer = nothing
     if answer is None:

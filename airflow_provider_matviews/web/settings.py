@@ -12,6 +12,7 @@ from airflow_provider_matviews.names import check_identifier
 SECTION = "matviews"
 #: What one may ask for on the page: new rows; whether they are right; what the definition says.
 ACTIONS = ("refresh", "verify", "apply")
+_ACTIONS = "matviews_actions, finance=finance_actions"
 #: Where the page is mounted.
 URL_PREFIX = "/matviews"
 
@@ -56,6 +57,7 @@ def action_dag(connection_id: str) -> str | None:
 
     :raises InvalidDefinition: when it cannot be read.
     """
+    shown = shown_connections()
     of_all: str | None = None
     found: dict[str, str] = {}
     for place, entry in enumerate(conf.get(SECTION, "actions", fallback="").split(","), 1):
@@ -63,11 +65,14 @@ def action_dag(connection_id: str) -> str | None:
         if parts == [""]:
             continue
         if len(parts) > 2 or not all(parts):
-            raise _refused(place, "is neither a DAG nor connection=DAG", "actions", "matviews_actions")
+            raise _refused(place, "is neither a DAG nor connection=DAG", "actions", _ACTIONS)
         *named, dag_id = parts
+        if named and named[0] not in shown:
+            # Mistyped, it would hand the connection that was meant to the DAG of all others.
+            raise _refused(place, "names a connection that the option connections does not", "actions", _ACTIONS)
         known = found.get(named[0]) if named else of_all
         if known not in (None, dag_id):
-            raise _refused(place, "says another DAG than an entry before it", "actions", "matviews_actions")
+            raise _refused(place, "says another DAG than an entry before it", "actions", _ACTIONS)
         if named:
             found[named[0]] = dag_id
         else:

@@ -83,6 +83,24 @@ async function route() {
   page.focus({ preventScroll: true });
 }
 
+// Airflow around this page does not know where in it one was: when all of it is loaded again, one is there again.
+function comeBack() {
+  const PLACE = "matviews-place";
+  try {
+    if (window.parent === window) return;
+    const loaded = String(window.parent.performance.timeOrigin);
+    const { hash, from } = JSON.parse(sessionStorage.getItem(PLACE) ?? "{}");
+    const reloaded = window.parent.performance.getEntriesByType("navigation")[0]?.type === "reload";
+    if (reloaded && hash && from !== loaded && !location.hash) history.replaceState(null, "", hash);
+    const keep = () => sessionStorage.setItem(PLACE, JSON.stringify({ hash: location.hash, from: loaded }));
+    keep();
+    addEventListener("hashchange", keep);
+  } catch {
+    // Where that may not be known, one begins at the list.
+  }
+}
+
 followTheme();
+comeBack();
 addEventListener("hashchange", route);
 route();

@@ -1,6 +1,6 @@
 // How refreshes went over time: how long they took, by strategy, and what came of them.
 
-import { bytes, element, milliseconds, number, section } from "./parts.js";
+import { bytes, element, milliseconds, number, section, timeZone } from "./parts.js";
 import uPlot from "./vendor/uPlot.esm.js";
 
 const HEIGHT = 220;
@@ -30,7 +30,7 @@ function axes(...formats) {
 function chart(title, description, series, data, ...formats) {
   const place = element("div", { class: "chart", role: "img", "aria-label": description });
   const options = {
-    width: 600, height: HEIGHT, axes: axes(...formats), series: [{ label: "Begun" }, ...series],
+    width: 600, height: HEIGHT, tzDate: (seconds) => uPlot.tzDate(new Date(seconds * 1000), timeZone), axes: axes(...formats), series: [{ label: "Begun" }, ...series],
     scales: Object.fromEntries(formats.map((_, index) => [`y${index}`, { range: (_, low, high) => [0, Math.max(high ?? 0, 1) * 1.05] }])),
     legend: { live: true }, cursor: { drag: { x: true, y: false } },
   };

@@ -1,6 +1,6 @@
 // Which views read which, drawn from left to right.
 
-import { ask, drawn, element, encoded, link, show } from "./parts.js";
+import { ask, drawn, element, encoded, link, show, visible } from "./parts.js";
 
 const [WIDTH, HEIGHT, GAP, COLUMN] = [190, 26, 10, 260];
 const LONGEST_LABEL = 23;
@@ -28,9 +28,9 @@ export function drawGraph(connection, views, current = null) {
   const boxes = columns.flat().map(({ name, view }) => {
     const [x, y] = places.get(name);
     const title = drawn("title", {});
-    title.append(name);
+    title.append(visible(name));
     const text = drawn("text", { x: x + 8, y: y + HEIGHT / 2, "dominant-baseline": "central" });
-    text.append(short(name));
+    text.append(visible(short(name)));
     const box = [drawn("rect", { x, y, width: WIDTH, height: HEIGHT, rx: 4 }), text, title];
     if (!view) return drawn("g", { class: "table" }, ...box);
     return drawn("a", { class: name === current ? "view current" : "view", href: `#/${encoded([connection, "views", view.schema_name, view.view_name])}` }, ...box);

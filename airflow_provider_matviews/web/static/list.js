@@ -18,7 +18,10 @@ const COLUMNS = [
 const NUMBERS = new Set(["Duration", "Rows", "Size", "Bloat"]);
 
 const stateOf = (view) => (view.state === "fresh" && view.stale?.stale ? "stale" : view.state);
-const reasonOf = (view) => (view.state === "fresh" && view.stale ? view.stale.reason : view.reason);
+const reasonOf = (view) => {
+  if (view.state !== "fresh") return view.reason;
+  return view.stale?.reason ?? (view.judged ? `${view.reason}; whether what it reads has changed is not known before its next refresh` : view.reason);
+};
 
 function cells(connection, view) {
   const running = view.running.find((run) => !run.lost);
@@ -136,7 +139,7 @@ export async function showViews(isNow, connection, others) {
   function add(to) {
     ask("connections", connection, "staleness").then((found) => {
       const stale = new Map(found.views.map((each) => [each.view, each]));
-      for (const view of to) view.stale = stale.get(view.view);
+      for (const view of to) Object.assign(view, { judged: true, stale: stale.get(view.view) });
       redraw();
     }, () => {});
     addSchedules(to).then(redraw, () => {});
@@ -160,8 +163,8 @@ export async function showViews(isNow, connection, others) {
     if (!isNow()) return;
     readAt = Date.now();
     for (const view of found.views) {
-      const { stale, next, paused } = before.get(view.view) ?? {};
-      Object.assign(view, { stale, next, paused });
+      const { judged, stale, next, paused } = before.get(view.view) ?? {};
+      Object.assign(view, { judged, stale, next, paused });
     }
     views = found.views;
     redraw();

@@ -3,19 +3,24 @@
 const page = document.getElementById("page");
 export const root = document.querySelector("meta[name=airflow-root]").content;
 
+// What would not be seen, or would turn around what is beside it, as an escape: names and errors are anybody's.
+const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+export const visible = (text) => text.replace(UNSEEN, (each) => `\\u${each.charCodeAt(0).toString(16).padStart(4, "0")}`);
+const shown = (child) => (typeof child === "string" ? visible(child) : child);
+
 export function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
     if (value !== null && value !== undefined && value !== false) made.setAttribute(key, value === true ? "" : value);
   }
-  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false).map(shown));
   return made;
 }
 
 export function drawn(name, attributes, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
+  made.append(...children.map(shown));
   return made;
 }
 
@@ -102,6 +107,7 @@ export function milliseconds(value) {
 }
 
 export function age(seconds) {
+  if (seconds < 1) return "less than 1 s";
   if (seconds < 120) return `${Math.max(0, Math.round(seconds))} s`;
   if (seconds < 7200) return `${Math.round(seconds / 60)} min`;
   if (seconds < 172800) return `${Math.round(seconds / 3600)} h`;
@@ -109,15 +115,17 @@ export function age(seconds) {
 }
 
 // As Airflow writes moments, in the time zone that is chosen there; in the browser's own where none is.
-const moments = (() => {
-  const style = { dateStyle: "short", timeStyle: "medium" };
+function chosenZone() {
   try {
     const chosen = JSON.parse(localStorage.getItem("timezone"));
-    return new Intl.DateTimeFormat("sv-SE", { ...style, timeZone: typeof chosen === "string" && chosen !== "local" ? chosen : undefined });
+    new Intl.DateTimeFormat("en", { timeZone: chosen });
+    return chosen;
   } catch {
-    return new Intl.DateTimeFormat("sv-SE", style);
+    return undefined;
   }
-})();
+}
+export const timeZone = chosenZone() ?? new Intl.DateTimeFormat().resolvedOptions().timeZone;
+const moments = new Intl.DateTimeFormat("sv-SE", { dateStyle: "short", timeStyle: "medium", timeZone });
 export const moment = (value) => moments.format(new Date(value));
 
 export function time(value) {

@@ -110,11 +110,11 @@ function followRun(isNow, connection, run, place) {
       return true;
     }
     const now = await ask("connections", connection, "runs", run.id);
-    if (now.status === "running") return true;
+    if (now.status === "running" && !now.lost) return true;
     if (isNow()) await showRun(isNow, connection, run.id);
     return false;
   };
-  look().then((goOn) => goOn && whileShown(3000, isNow, look), () => {});
+  look().then((goOn) => goOn && whileShown(3000, isNow, look), () => whileShown(3000, isNow, look));
 }
 
 export async function showRun(isNow, connection, id) {
@@ -126,7 +126,8 @@ export async function showRun(isNow, connection, id) {
   const rest = Object.fromEntries(Object.entries(response).filter(([name]) => !known.has(name)));
   document.title = `Run ${run.id} of ${run.view}`;
   const underWay = element("p", { role: "status" });
-  if (run.status === "running") followRun(isNow, connection, run, underWay);
+  if (run.lost) underWay.append("The process of it is gone: nothing runs any more. The next operation on the view, or airflow matviews reap, marks it as failed.");
+  else if (run.status === "running") followRun(isNow, connection, run, underWay);
   show(
     element("nav", { "aria-label": "Runs" },
       link([connection, "views", run.schema_name, run.view_name], `↑ ${run.view}`),

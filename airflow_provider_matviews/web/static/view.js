@@ -25,7 +25,7 @@ function change(step) {
       : null);
 }
 
-function compared(plan) {
+export function compared(plan) {
   const parts = [];
   if (!plan.steps.length) parts.push(element("p", {}, "It is what it was declared to be."));
   else parts.push(element("p", {}, plan.stands ? `It differs in ${plan.steps.length === 1 ? "one thing" : `${plan.steps.length} things`}.` : "It does not stand. What would make it:"), element("ol", { class: "changes" }, plan.steps.map(change)));
@@ -101,10 +101,7 @@ function followRuns(isNow, connection, known, place, again) {
     const { runs } = await ask("connections", connection, "running");
     if (!isNow()) return false;
     const mine = runs.filter((run) => run.schema_name === known.schema_name && run.view_name === known.view_name);
-    if (seen && !mine.length && runs.length < 20) {
-      await again();
-      return false;
-    }
+    if (seen && !mine.length && runs.length < 20) return again(place);
     seen ||= mine.length > 0;
     place.replaceChildren(...mine.map((run) => element("p", {}, link([connection, "runs", run.run_id], `Run ${run.run_id}, ${run.operation}`), " ", progress(run), " ", run.said ?? "")));
     return true;
@@ -112,19 +109,36 @@ function followRuns(isNow, connection, known, place, again) {
   look().then((goOn) => goOn && whileShown(3000, isNow, look), () => whileShown(3000, isNow, look));
 }
 
+// Anything that one would lose if the page were drawn anew.
+const inUse = () => document.querySelector("#page details[open], #page .changes, dialog") !== null
+  || [...document.querySelectorAll("#page select")].some((each) => each.selectedIndex > 0);
+
+let asks = 0;
 let drawings = 0;
 
 export async function showView(shown, connection, schema, name) {
-  drawings += 1;
-  const mine = drawings;
+  asks += 1;
+  const latest = asks;
+  let mine = null;
   // It is drawn anew when something has ended: whoever follows the former drawing gives up.
   const isNow = () => shown() && mine === drawings;
+  // Drawn anew; or, where somebody is at something, offered. Returns whether to follow on.
+  const again = async (place) => {
+    if (inUse()) {
+      const button = element("button", { type: "button" }, "A run has ended: show it");
+      button.addEventListener("click", () => showView(shown, connection, schema, name));
+      place.replaceChildren(button);
+    } else await showView(shown, connection, schema, name);
+    return false;
+  };
   const of = { schema_name: schema, view_name: name };
   const [view, history] = await Promise.all([
     ask("connections", connection, "view", of),
     ask("connections", connection, "runs", { ...of, operation: "refresh", limit: LONGEST_HISTORY }),
   ]);
-  if (!isNow()) return;
+  if (!shown() || latest !== asks) return;
+  drawings += 1;
+  mine = drawings;
   const known = view.summary;
   document.title = known.view;
   const charts = element("div", { class: "charts" });
@@ -160,10 +174,12 @@ export async function showView(shown, connection, schema, name) {
     declared(view, connection, of),
     database,
   );
-  actionBar(shown, isNow, connection, view).then((content) => actions.replaceChildren(...content), () => {});
-  followRuns(isNow, connection, known, underWay, () => showView(shown, connection, schema, name));
+  actionBar(isNow, connection, view, () => again(underWay)).then(
+    (content) => actions.replaceChildren(...content),
+    (error) => actions.replaceChildren(element("p", { class: "notice" }, "No actions. ", error.message)));
+  followRuns(isNow, connection, known, underWay, again);
   ask("connections", connection, "view", "choice", of).then(
-    (found) => auto.replaceChildren(element("strong", {}, found.strategy), `, because ${found.reason}`),
+    (found) => auto.replaceChildren(element("strong", {}, found.strategy), `, because ${found.reason}`, found.may_refresh ? "" : ". The role of this connection may not refresh it."),
     (error) => auto.replaceChildren(element("span", { class: "muted" }, error.message)));
   nextRun(known.last_run?.dag_id).then((found) => next.replaceChildren(found), () => next.replaceChildren("not known"));
   ask("connections", connection, "graph", of).then(
