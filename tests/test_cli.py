@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,12 +74,20 @@ def test_from_an_estate_that_stands_to_its_history(db: Database, run: Run, tmp_p
     code, out, _ = run("plan", str(path))
     assert code == 3
     assert "change query" in out
-    assert _json(run("create", folder, "--dry-run", "-o", "json"))[0]["run"] is None
+    rehearsed = _json(run("create", folder, "--dry-run", "-o", "json"))
+    assert [(row["status"], row["run"], row["dry_run"]) for row in rehearsed] == [
+        ("would be updated", None, True),
+        ("would be created", None, True),
+    ]
     assert db.value("SELECT count(*) FROM a WHERE n = 10") == 3
     assert [row["status"] for row in _json(run("create", folder, "-o", "json"))] == ["updated", "created"]
     assert db.value("SELECT total FROM b") == 33
 
     db.execute("INSERT INTO t VALUES (31, 0)")
+    code, out, err = run("refresh", "*.*", "--dry-run")
+    assert (code, out.count("would be updated"), "dry_run" in out) == (0, 2, False)
+    assert "b would be updated" in err
+    assert re.search(r"Dry run, [\d.]+ s: 2 would be updated\. Nothing was changed\.", err)
     refreshed = _json(run("refresh", "*.*", "-o", "json"))
     assert [(row["view"], row["status"]) for row in refreshed] == [("a", "updated"), ("b", "updated")]
     assert db.value("SELECT total FROM b") == 34
@@ -136,11 +146,18 @@ def test_what_destroys_is_asked_for_first(db: Database, run: Run) -> None:
     assert "--yes" in err
     assert run("prune", "--keep-successes", "1")[0] == 1
     assert len(hook.runs()) == 4
-    assert _json(run("prune", "--keep-successes", "1", "--dry-run", "-o", "json"))[0]["removed"] == 2
+    code, out, err = run("prune", "--keep-successes", "1", "--dry-run", "-o", "json")
+    assert (code, json.loads(out)[0]["removed"]) == (0, 2)
+    assert "Dry run: looking at the history of 1 view" in err
     assert len(hook.runs()) == 4
     assert _json(run("prune", "--keep-successes", "1", "--yes", "-o", "json"))[0]["removed"] == 2
     assert len(hook.runs()) == 2
-    assert _json(run("drop", "mv", "--dry-run", "-o", "json"))[0]["run"] is None
+    (rehearsed,) = _json(run("drop", "mv", "--dry-run", "-o", "json"))
+    assert (rehearsed["status"], rehearsed["run"]) == ("would be dropped", None)
+    db.execute("CREATE VIEW reader AS TABLE mv")
+    code, _, err = run("drop", "mv", "--yes")
+    assert (code, "give --cascade to drop" in err) == (1, True)
+    db.execute("DROP VIEW reader")
     assert _json(run("drop", "mv", "--yes", "-o", "json"))[0]["status"] == "deleted"
     assert db.value("SELECT to_regclass('mv') IS NULL")
     assert _json(run("reap", "-o", "json")) == []
@@ -210,10 +227,88 @@ def test_an_argument_out_of_range_is_typed_wrongly(run: Run) -> None:
 
 def test_what_selects_nothing_has_not_been_done(db: Database, run: Run) -> None:
     hook_on(db).create(MatViewDefinition(name="mv", sql="SELECT 1 AS a"))
-    for command in (["refresh", "zz*"], ["refresh", "m*", "--exclude", "mv"], ["verify", "zz*"], ["runs", "nosuch"]):
+    for command in (
+        ["refresh", "zz*"],
+        ["refresh", "m*", "--exclude", "mv"],
+        ["verify", "zz*"],
+        ["check", "zz*"],
+        ["check", "nosuch"],
+        ["list", "nosuch"],
+        ["runs", "nosuch"],
+    ):
         code, out, err = run(*command, "-o", "json")
         assert (code, out) == (1, ""), command
         assert command[1] in err
+    assert run("list", "zz*")[:2] == (0, "No data found\n")
+
+
+def test_a_folder_of_which_one_fails_tells_which_and_what_was_done(db: Database, run: Run, tmp_path: Path) -> None:
+    for name, query in (("a", "SELECT 1 AS a"), ("b", f"SELECT '{PASSWORD}'::text::int AS b"), ("d", "SELECT 1 AS d")):
+        (tmp_path / f"{name}.sql").write_text(query)
+    (tmp_path / "c.sql").write_text('/* matview\nname = "nosuch.c"\n*/\nSELECT 1 AS c')
+    code, out, err = run("create", str(tmp_path), "-o", "json")
+    assert (code, [(row["view"], row["status"]) for row in json.loads(out)]) == (1, [("a", "created")])
+    assert f"b ({tmp_path}/b.sql): invalid input syntax for type integer" in err
+    assert PASSWORD not in err
+    code, out, err = run("plan", str(tmp_path), "-o", "json")
+    planned = [(plan["view"], plan["stands"]) for plan in json.loads(out)]
+    assert (code, planned) == (1, [("a", True), ("b", False), ("d", False)])
+    assert f'nosuch.c ({tmp_path}/c.sql): The schema "nosuch" does not exist.' in err
+    assert run("plan", str(tmp_path / "c.sql"))[:2] == (1, "")
+
+
+def test_a_difference_that_is_left_is_told(db: Database, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "mv.sql"
+    path.write_text("SELECT 1 AS a")
+    assert run("create", str(path))[0] == 0
+    path.write_text('/* matview\ncomment = "ours"\nunique_index_columns = ["a"]\n*/\nSELECT 1 AS a')
+    code, out, _ = run("create", str(path), "--on-drift", "report", "-o", "json")
+    (row,) = json.loads(out)
+    assert (code, row["status"], row["reason"]) == (3, "skipped", "it differs: comment, build index")
+    code, _, err = run("create", str(path), "--on-drift", "fail")
+    assert (code, "apply it with --on-drift apply," in err) == (1, True)
+
+
+class _Terminal(io.StringIO):
+    """Somebody who presses a key at the question."""
+
+    def __init__(self, press: Callable[[], object]) -> None:
+        super().__init__()
+        self.press = press
+
+    def isatty(self) -> bool:
+        return True
+
+    def readline(self, size: int | None = -1, /) -> str:
+        self.press()
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("stdin", "code", "said"),
+    [
+        (_Terminal(bool), 1, "[y/N] \nNothing was done.\n"),
+        (_Terminal(lambda: signal.raise_signal(signal.SIGINT)), 130, "[y/N] \nInterrupted.\n"),
+        (None, 1, "give --yes, or --dry-run to see first.\n"),
+    ],
+    ids=["Ctrl-D", "Ctrl-C", "no stdin"],
+)
+def test_no_answer_is_no(
+    db: Database, run: Run, monkeypatch: pytest.MonkeyPatch, stdin: _Terminal | None, code: int, said: str
+) -> None:
+    db.execute("CREATE MATERIALIZED VIEW mv AS SELECT 1 AS a")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    answer = run("drop", "mv", "--force")
+    assert (answer[0], answer[1]) == (code, "")
+    assert answer[2].endswith(said)
+    assert db.value("SELECT to_regclass('mv') IS NOT NULL")
+
+
+def test_hints_name_what_one_would_type(db: Database, run: Run) -> None:
+    db.execute(GATE, "CREATE MATERIALIZED VIEW mv AS SELECT gate() AS a WITH NO DATA")
+    with gate_closed(db):
+        code, _, err = run("refresh", "mv", "--timeout", "1")
+    assert (code, "give it more by --timeout (" in err) == (1, True)
 
 
 def test_every_alert_rule_can_be_asked_for(db: Database, run: Run) -> None:

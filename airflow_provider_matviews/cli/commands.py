@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import re
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,33 @@ from rich.text import Text
 from tabulate import tabulate  # type: ignore[import-untyped]
 
 from airflow_provider_matviews.cli.definition import RULES
-from airflow_provider_matviews.cli.terminal import confirm, stopped_by_sigterm, story, visible, working
+from airflow_provider_matviews.cli.process import with_connections_of_airflow
+from airflow_provider_matviews.cli.terminal import (
+    InterruptedAtQuestion,
+    confirm,
+    stopped_by_sigterm,
+    story,
+    visible,
+    working,
+)
 from airflow_provider_matviews.definition import MatViewDefinition, load_definitions
 from airflow_provider_matviews.exceptions import FleetFailed, InvalidDefinition, MatViewError, ViewNotFound
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.names import ViewName
 from airflow_provider_matviews.outcome import summary
 from airflow_provider_matviews.services.overview import glance
-from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.plan_steps import Plan
+from airflow_provider_matviews.services.response import ServiceResponse, would_be
 
 #: Something differs, or a rule is broken: no failure, and nothing to pass over in a script.
 DIFFERS = 3
 INTERRUPTED = 130
+
+_POSITIONAL = ("view", "views", "files")
+
+#: An argument as a hint names it, and perhaps the option beside it: on_drift='apply', overwrite=True (--overwrite).
+_ARGUMENT = re.compile(r"""\b(\w+)=(True\b|'[^']*'|"[^"]*"|\.\.\.)(?: \(--[\w-]+\))?""")
+_METHOD = re.compile(r"\bhook\.(create|refresh|plan|runs|reap)\(\)")
 
 
 class _Hook(MatViewHook):
@@ -49,8 +66,11 @@ def _command(function: Callable[[Namespace], int]) -> Callable[[Namespace], None
     @functools.wraps(function)
     def run(args: Namespace) -> None:
         try:
-            with stopped_by_sigterm():
+            with stopped_by_sigterm(), with_connections_of_airflow():
                 code = function(args)
+        except InterruptedAtQuestion:
+            sys.stderr.write("Interrupted.\n")
+            code = INTERRUPTED
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted: what ran was stopped on the server, and is undone there.\n")
             code = INTERRUPTED
@@ -59,12 +79,37 @@ def _command(function: Callable[[Namespace], int]) -> Callable[[Namespace], None
             sys.stderr.close()
             code = 0
         except (MatViewError, AirflowException, psycopg.Error, OSError) as error:
-            _complain("\n".join([str(error), *getattr(error, "__notes__", ())]))
+            _complain(_told(args, error))
             code = 1
         if code:
             raise SystemExit(code)
 
     return run
+
+
+def _told(args: Namespace, error: Exception) -> str:
+    if isinstance(error, MatViewError) and error.hint:
+        error.hint = _as_typed(args, error.hint)
+    told = "\n".join([str(error), *getattr(error, "__notes__", ())])
+    try:
+        return _hook(args).redact(told)
+    except MatViewError:
+        # What is wrong is what the hook was asked to be.
+        return told
+
+
+def _as_typed(args: Namespace, hint: str) -> str:
+    """Return a hint with the command's options in place of the arguments that it names."""
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found[1], found[2].strip("'\"")
+        # The only one that is not named as its argument is.
+        name = name if name in args else name.removeprefix("refresh_")
+        if name not in args or name in _POSITIONAL:
+            return found[0]
+        return f"--{name.replace('_', '-')}" + ("" if value in ("True", "...") else f" {value}")
+
+    return _METHOD.sub(r"airflow matviews \1", _ARGUMENT.sub(option, hint))
 
 
 def _hook(args: Namespace) -> MatViewHook:
@@ -115,14 +160,31 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _definitions(files: Iterable[str]) -> list[MatViewDefinition]:
-    found: list[MatViewDefinition] = []
+def _definitions(files: Iterable[str]) -> list[tuple[MatViewDefinition, Path]]:
+    """Read definitions, each with the file that it is in."""
+    found: list[tuple[MatViewDefinition, Path]] = []
     for name in files:
         path = Path(name)
-        found += load_definitions(path).values() if path.is_dir() else [MatViewDefinition.from_file(path)]
+        if path.is_dir():
+            written = {MatViewDefinition.from_file(file).name: file for file in path.rglob("*.sql")}
+            found += [(each, written.get(each.name, path)) for each in load_definitions(path).values()]
+        else:
+            found.append((MatViewDefinition.from_file(path), path))
     if not found:
         raise InvalidDefinition(f"There is no .sql file in {', '.join(files)}.")
     return found
+
+
+class _NotDone(MatViewError):
+    """What came of one definition among several; says which and where it is written."""
+
+
+@contextmanager
+def _named(args: Namespace, definition: MatViewDefinition, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MatViewError, psycopg.Error) as error:
+        raise _NotDone(f"{definition.name} ({path}): {_told(args, error)}") from error
 
 
 def _seconds(milliseconds: float | None) -> float | None:
@@ -185,36 +247,60 @@ def show_command(args: Namespace) -> int:
 def plan_command(args: Namespace) -> int:
     """Compare definitions with the database."""
     hook = _hook(args)
-    plans = [hook.plan(definition) for definition in _definitions(args.files)]
+    plans: list[Plan] = []
+    failures: list[_NotDone] = []
+    for definition, path in _definitions(args.files):
+        try:
+            with _named(args, definition, path):
+                plans.append(hook.plan(definition))
+        except _NotDone as error:
+            failures.append(error)
+            if isinstance(error.__cause__, psycopg.OperationalError) and error.__cause__.sqlstate is None:
+                # There is no server for the others either.
+                break
+    if plans:
+        _show_plans(args, plans)
+    for failure in failures:
+        _complain(str(failure))
+    if failures:
+        return 1
+    return DIFFERS if any(plan.steps or plan.refusals for plan in plans) else 0
+
+
+def _show_plans(args: Namespace, plans: Sequence[Plan]) -> None:
     if args.output in ("json", "yaml"):
         _show(args, [plan.as_dict() for plan in plans])
-    else:
-        rows = []
-        for plan in plans:
-            rows += [
-                {"view": plan.view, "step": step.title, "why": step.why, "lock": f"{step.lock.value}: {step.cost}"}
-                for step in plan.steps
-            ]
-            rows += [{"view": plan.view, "step": "refused", "why": text, "lock": ""} for text in plan.refusals]
-            if plan.empty and not plan.refusals:
-                rows.append({"view": plan.view, "step": "", "why": "nothing differs", "lock": ""})
-        _show(args, rows)
-    return DIFFERS if any(plan.steps or plan.refusals for plan in plans) else 0
+        return
+    rows = []
+    for plan in plans:
+        rows += [
+            {"view": plan.view, "step": step.title, "why": step.why, "lock": f"{step.lock.value}: {step.cost}"}
+            for step in plan.steps
+        ]
+        rows += [{"view": plan.view, "step": "refused", "why": text, "lock": ""} for text in plan.refusals]
+        if plan.empty and not plan.refusals:
+            rows.append({"view": plan.view, "step": "", "why": "nothing differs", "lock": ""})
+    _show(args, rows)
 
 
 @_command
 def create_command(args: Namespace) -> int:
     """Create views, or make them what they should be."""
     hook = _hook(args)
-    done = []
-    for definition in _definitions(args.files):
-        with working(hook, str(definition.view)):
-            response = hook.create(
-                definition, force=args.force, on_drift=args.on_drift, dry_run=args.dry_run, **_manners(args)
-            )
-        done.append(_outcome(response))
-    _show(args, done)
-    return 0
+    done: list[ServiceResponse] = []
+    try:
+        for definition, path in _definitions(args.files):
+            with _named(args, definition, path), working(hook, str(definition.view)):
+                response = hook.create(
+                    definition, force=args.force, on_drift=args.on_drift, dry_run=args.dry_run, **_manners(args)
+                )
+            done.append(response)
+    finally:
+        # What stands is told, whatever came after it.
+        if done:
+            _show(args, [_outcome(args, hook, response) for response in done])
+    left = any(response.status == "skipped" and response.response.get("drift") for response in done)
+    return DIFFERS if left else 0
 
 
 @_command
@@ -231,7 +317,7 @@ def refresh_command(args: Namespace) -> int:
     if len(args.views) == 1 and not args.exclude and ('"' in args.views[0] or not set("*?[") & set(args.views[0])):
         with working(hook, args.views[0]):
             response = hook.refresh(args.views[0], **arguments)
-        _show(args, [_outcome(response)])
+        _show(args, [_outcome(args, hook, response)])
         return 0
     code = 0
     try:
@@ -239,11 +325,11 @@ def refresh_command(args: Namespace) -> int:
     except FleetFailed as error:
         if error.result is None:
             raise
-        _complain(str(error))
+        _complain(_told(args, error))
         result, code = error.result, 1
     found = result.as_dict(hook.redact)["views"]
     _check_any(args, found)
-    _show(args, [_row(each) for each in found])
+    _show(args, [_row(args, each) for each in found])
     return code
 
 
@@ -257,7 +343,7 @@ def drop_command(args: Namespace) -> int:
             f"Drop the materialized view {args.view} of {args.conn_id}" + (", and what is built on it" * args.cascade)
         )
     response = hook.delete(args.view, cascade=args.cascade, force=args.force, dry_run=args.dry_run, **_manners(args))
-    _show(args, [_outcome(response)])
+    _show(args, [_outcome(args, hook, response)])
     return 0
 
 
@@ -421,17 +507,18 @@ def _manners(args: Namespace) -> dict[str, Any]:
     return {"if_locked": args.if_locked, "max_wait": args.max_wait, "timeout": args.timeout}
 
 
-def _outcome(response: ServiceResponse) -> dict[str, Any]:
-    return _row(summary(response))
+def _outcome(args: Namespace, hook: MatViewHook, response: ServiceResponse) -> dict[str, Any]:
+    return _row(args, summary(response, hook.redact))
 
 
-def _row(told: Mapping[str, Any]) -> dict[str, Any]:
+def _row(args: Namespace, told: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "view": told["view"],
-        "status": told["status"],
+        "status": would_be(told["status"]) if args.dry_run else told["status"],
         "strategy": told["strategy"],
         "rows": told["row_count_after"],
         "seconds": _seconds(told["duration_ms"]),
         "run": told["mat_view_run_id"],
         "reason": told["reason"],
+        **({"dry_run": True} if args.dry_run and args.output in ("json", "yaml") else {}),
     }

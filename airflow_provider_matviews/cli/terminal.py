@@ -113,15 +113,27 @@ def stopped_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class InterruptedAtQuestion(KeyboardInterrupt):
+    """Ctrl-C instead of an answer: nothing ran yet."""
+
+
 def confirm(question: str) -> None:
     """Ask, and go on only where the answer is yes.
 
     :raises MatViewError: where it is not, or nobody is there to answer.
+    :raises InterruptedAtQuestion: when it was Ctrl-C.
     """
-    if not sys.stdin.isatty():
+    if sys.stdin is None or not sys.stdin.isatty():
         raise MatViewError(f"{question}: nobody is there to say yes.", hint="give --yes, or --dry-run to see first.")
     _console.print(visible(f"{question}? [y/N] "), end="", markup=False, emoji=False)
-    if input().strip().lower() not in ("y", "yes"):
+    try:
+        answer = input()
+    except (EOFError, KeyboardInterrupt) as error:
+        _console.print()
+        if isinstance(error, KeyboardInterrupt):
+            raise InterruptedAtQuestion from None
+        answer = ""
+    if answer.strip().lower() not in ("y", "yes"):
         raise MatViewError("Nothing was done.")
 
 

@@ -18,7 +18,7 @@ from airflow_provider_matviews.services.fleet import Fleet, FleetResponse, NotBe
 from airflow_provider_matviews.services.graph import Graph
 from airflow_provider_matviews.services.instructions import Work
 from airflow_provider_matviews.services.migrations import ensure_schema, explained
-from airflow_provider_matviews.services.response import ServiceResponse
+from airflow_provider_matviews.services.response import ServiceResponse, would_be
 from airflow_provider_matviews.services.run import Terms
 from airflow_provider_matviews.services.selection import Selection
 from airflow_provider_matviews.services.sparing import Sparing
@@ -107,7 +107,9 @@ class FleetRun:
             async def refresh(view: str) -> ServiceResponse:
                 return await self._refresh(fleet, view, deferral, at_once, arguments)
 
-            await fleets.carry_out(fleet, refresh, at_once=at_once, tell=lambda outcome: self._tell(fleet, outcome))
+            await fleets.carry_out(
+                fleet, refresh, at_once=at_once, tell=lambda outcome: self._tell(fleet, outcome, dry_run)
+            )
             if not dry_run and fleet.with_status("stopped"):
                 try:
                     await self._alone(lambda: fleets.record_stopped(self._hook._ledger, fleet, terms))
@@ -116,7 +118,7 @@ class FleetRun:
         finally:
             for slot in self._slots:
                 await slot.driver.close()
-        return self._conclude(fleet)
+        return self._conclude(fleet, dry_run)
 
     def _muster(self, selection: Selection, sparing: Sparing, terms: Terms, dry_run: bool) -> Work[Fleet]:
         ledger = self._hook._ledger
@@ -193,18 +195,19 @@ class FleetRun:
                 at_once,
             )
 
-    def _tell(self, fleet: Fleet, outcome: Outcome) -> None:
+    def _tell(self, fleet: Fleet, outcome: Outcome, dry_run: bool) -> None:
         place = f"[{len(fleet.outcomes)}/{len(fleet.needs)}]"
         reason = self._hook.redact(outcome.reason or "")
         if outcome.status in ("failed", "stopped"):
             self._log.warning("%s %s %s: %s", place, outcome.view, outcome.status, reason)
         else:
-            self._log.info("%s %s %s", place, outcome.view, outcome.status)
+            status = would_be(outcome.status) if dry_run else outcome.status
+            self._log.info("%s %s %s", place, outcome.view, status)
 
-    def _conclude(self, fleet: Fleet) -> FleetResponse:
-        result = FleetResponse(tuple(fleet.outcomes[view] for view in fleet.needs), time.monotonic() - self._begun)
-        counts = [f"{result.count(status)} {status}" for status in fleets.STATUSES if result.count(status)]
-        self._log.info("%s in %.2f s.", ", ".join(counts) or "Nothing done", result.seconds)
+    def _conclude(self, fleet: Fleet, dry_run: bool) -> FleetResponse:
+        outcomes = tuple(fleet.outcomes[view] for view in fleet.needs)
+        result = FleetResponse(outcomes, time.monotonic() - self._begun, dry_run)
+        self._log.info("%s", result.story())
         if result.outcomes:
             self._log.info("::group::What came of each view")
             for line in result.table():

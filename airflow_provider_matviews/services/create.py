@@ -216,7 +216,7 @@ def _attempt(job: Creating, place: Place) -> Work[str]:
             hint="apply it with on_drift='apply', or declare what stands (MatViewDefinition.from_database).",
         )
     if leave:
-        report.told(reason="it stands already")
+        report.told(reason=f"it differs: {plan.summary()}")
         yield Note("Left as it is (on_drift='report').", warning=True)
         return "skipped"
     outcome = yield from apply_plan(

@@ -24,7 +24,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Note, Session, Work, fetch_all
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation
-from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.response import Report, ServiceResponse, would_be
 from airflow_provider_matviews.services.retention import retain
 from airflow_provider_matviews.services.run import Terms, meta_of
 from airflow_provider_matviews.services.selection import Selection
@@ -143,14 +143,25 @@ class FleetResponse:
 
     :ivar outcomes: of each, in the order in which they depend on each other.
     :ivar seconds: that all of it took.
+    :ivar dry_run: whether it only says what would come of it.
     """
 
     outcomes: tuple[Outcome, ...]
     seconds: float
+    dry_run: bool = False
 
     def count(self, status: Status) -> int:
         """Return how many have ended so."""
         return sum(outcome.status == status for outcome in self.outcomes)
+
+    def story(self) -> str:
+        """Say it in one line."""
+        counts = {status: self.count(status) for status in STATUSES}
+        if self.dry_run:
+            told = ", ".join(f"{count} {would_be(status)}" for status, count in counts.items() if count)
+            return f"Dry run, {self.seconds:.2f} s: {told or 'nothing to do'}. Nothing was changed."
+        told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return f"{told or 'Nothing done'} in {self.seconds:.2f} s."
 
     def as_dict(self, redact: Callable[[str], str] = str) -> dict[str, Any]:
         """Return it as plain data, for XCom.
@@ -172,7 +183,7 @@ class FleetResponse:
             rows.append(
                 (
                     outcome.view,
-                    outcome.status,
+                    would_be(outcome.status) if self.dry_run else outcome.status,
                     facts["strategy"] or "",
                     "" if facts["row_count_after"] is None else f"{facts['row_count_after']:,}",
                     "" if facts["duration_ms"] is None else f"{facts['duration_ms'] / 1000:.2f}",

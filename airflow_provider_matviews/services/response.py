@@ -6,12 +6,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from airflow_provider_matviews.services.instructions import Command, Work
 from airflow_provider_matviews.services.plan_steps import Lock
 
 Status = Literal["created", "updated", "deleted", "skipped"]
+
+
+def would_be(status: str) -> str:
+    """Say of a status that it is what would be; of one that tells of no deed, only itself."""
+    if status not in get_args(Status):
+        return status
+    return f"would be {'dropped' if status == 'deleted' else status}"
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,7 @@ def prune_runs(ledger: Ledger, pruning: Pruning) -> Work[PruneResponse]:
     records = yield from _chosen(ledger, pruning)
     policies, declared = yield from _policies(records, pruning.policy)
     yield Note(
-        f"{'Dry run: looking' if pruning.dry_run else 'Pruning'} the history of {len(policies):,} "
+        f"{'Dry run: looking at' if pruning.dry_run else 'Pruning'} the history of {len(policies):,} "
         f"view{'' if len(policies) == 1 else 's'}: {pruning.policy}"
         + (
             f"; {declared:,} of them by what {'its' if declared == 1 else 'their'} definition declares."

@@ -40,7 +40,7 @@ from airflow_provider_matviews.services.locking import Patience, politely, take_
 from airflow_provider_matviews.services.migrations import explained
 from airflow_provider_matviews.services.plan_steps import Lock
 from airflow_provider_matviews.services.progress import Progress
-from airflow_provider_matviews.services.response import Report, ServiceResponse
+from airflow_provider_matviews.services.response import Report, ServiceResponse, would_be
 from airflow_provider_matviews.services.retention import retain
 from airflow_provider_matviews.services.session_settings import apply_settings
 from airflow_provider_matviews.timeouts import Timeouts
@@ -288,9 +288,6 @@ def _unknown(view: ResolvedName) -> DefinitionRecord:
     )
 
 
-_WOULD = {"created": "created", "updated": "updated", "deleted": "dropped"}
-
-
 def _tell_rehearsal(response: ServiceResponse) -> Work[None]:
     facts = response.response
     if response.status == "skipped" or response.status is None:
@@ -298,7 +295,7 @@ def _tell_rehearsal(response: ServiceResponse) -> Work[None]:
         return
     count = len(facts["sql"])
     yield Note(
-        f"Dry run: {facts['view']} would be {_WOULD[response.status]} by {count} statement{'' if count == 1 else 's'}, "
+        f"Dry run: {facts['view']} {would_be(response.status)} by {count} statement{'' if count == 1 else 's'}, "
         "in one transaction. Nothing was changed."
     )
     for statement, lock in zip(facts["sql"], facts["locks"], strict=True):

@@ -65,7 +65,7 @@ class Stop:
         if kind is OperationTimedOut:
             return kind(
                 message,
-                hint="give it more (timeout, or execution_timeout, which stands for it), or see what took so long.",
+                hint="give it more by timeout=... (execution_timeout stands for it), or see what took so long.",
             )
         return kind(message)
 

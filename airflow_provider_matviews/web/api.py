@@ -565,7 +565,7 @@ class _Hook(MatViewHook):
 def _whole_name(schema_name: str | None, view_name: str | None) -> None:
     if (schema_name is None) != (view_name is None):
         raise HTTPException(
-            status.HTTP_404_NOT_FOUND, "Half a name is that of no view: give both schema_name and view_name, or neither."
+            status.HTTP_404_NOT_FOUND, "Half a name is no view's: give both schema_name and view_name, or neither."
         )
 
 
