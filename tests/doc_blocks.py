@@ -9,11 +9,13 @@ import logging
 import re
 import shlex
 import subprocess
+import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ from tests.airflow_dags import DagRun, make_metadata_database, run_dag
 from tests.conftest import Database
 
 ROOT = Path(__file__).resolve().parent.parent
-_FENCE = re.compile(r"^( *)(```+|~~~+)[ ]*([^\n`]*)\n(.*?)^\1\2[ ]*$", re.MULTILINE | re.DOTALL)
+#: A fenced block: indentation, fence, language, code.
+FENCE = re.compile(r"^( *)(```+|~~~+)[ ]*([^\n`]*)\n(.*?)^\1\2[ ]*$", re.MULTILINE | re.DOTALL)
 _MARK = re.compile(r"<!--\s*([a-z ]+?):\s*((?:(?!-->).)*?)\s*-->\s*\Z", re.DOTALL)
 #: What a comment above a block may say of it.
 MARKS = ("output of", "ends", "exit code", "save as", "not executed", "tested in")
@@ -63,7 +66,7 @@ def blocks_of(page: str, markdown: str) -> list[Block]:
     :raises ValueError: when a comment above one says something that is not known.
     """
     blocks = []
-    for match in _FENCE.finditer(markdown):
+    for match in FENCE.finditer(markdown):
         before, marks = markdown[: match.start()], {}
         while mark := _MARK.search(before):
             if mark[1] not in MARKS:
@@ -81,7 +84,7 @@ def normalised(text: str) -> str:
         (r"\x1b\[[0-9;]*m", ""),
         (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?([+-]\d\d(:?\d\d)?|Z)?( UTC| CET)?", "<time>"),
         (r"_mv_[0-9a-f]{8}", "_mv_<hash>"),
-        (r"127\.0\.0\.1:\d+/test_\d+|db\.example\.com:5432/shop", "<database>"),
+        (r"127\.0\.0\.1:\d+/(?:test_\d+|shop)|db\.example\.com:5432/shop", "<database>"),
         (r"(\b[Rr]uns?|\bid IN|mat_view_run_id\":?) \(?\d+", r"\1 <id>"),
         (r"-?\b\d+(\.\d+)? ?(ms|s|min|[kMG]?B|bytes)\b", r"<number> \2"),
         (r"\b\d+\.\d+\b", "<number>"),
@@ -227,16 +230,31 @@ def _sh(page: Page, block: Block) -> None:
     page.said = said
 
 
+def airflow(arguments: Sequence[str]) -> int:
+    """Carry out a command of Airflow's and return its exit code."""
+    make_metadata_database()
+    try:
+        args = cli_parser.get_parser().parse_args(arguments)
+        args.func(args)
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            # As the interpreter does.
+            sys.stderr.write(f"{end.code}\n")
+            return 1
+        return end.code or 0
+    return 0
+
+
 def _command(page: Page, words: list[str]) -> int:
     match words:
+        case ["airflow", "connections", "add", *arguments]:
+            # The server is another one than the page's, and nothing else about it.
+            here = {"--conn-host": "127.0.0.1", "--conn-port": str(page.db.server.port)}
+            told = [here.get(before, word) for before, word in zip(["", *arguments], arguments, strict=False)]
+            assert here.items() <= set(pairwise(told))
+            return airflow(["connections", "add", *told])
         case ["airflow", *arguments]:
-            make_metadata_database()
-            try:
-                args = cli_parser.get_parser().parse_args(arguments)
-                args.func(args)
-            except SystemExit as end:
-                return int(end.code or 0)
-            return 0
+            return airflow(arguments)
         case ["python", "-m", "airflow_provider_matviews.adopt", *arguments]:
             return adopt.main(arguments)
         case ["pip", "install", requirement]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
 import re
 import shutil
@@ -17,22 +19,32 @@ from typing import Any
 import psycopg
 import pytest
 from airflow.sdk import DAG
+from markdown import markdown
+from markdown.extensions.toc import slugify
 from playwright.sync_api import sync_playwright
 
-from airflow_provider_matviews import exceptions
+from airflow_provider_matviews import __version__, exceptions
+from airflow_provider_matviews.cli.definition import get_matviews_commands
 from airflow_provider_matviews.definition import Index, MatViewDefinition
 from airflow_provider_matviews.exceptions import ConcurrentRefreshRefused, FleetFailed
+from airflow_provider_matviews.get_provider_info import get_provider_info
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.notifications.matview import MatViewNotifier
 from airflow_provider_matviews.operators import matview
 from airflow_provider_matviews.operators.matview import PruneMatViewRunsOperator, RefreshMatViewOperator
+from airflow_provider_matviews.operators.pg_cron import ImportCronRunsOperator
+from airflow_provider_matviews.outcome import summary
+from airflow_provider_matviews.sensors.matview import MatViewMetricsSensor
 from airflow_provider_matviews.services import verify
+from airflow_provider_matviews.services.locking import Patience
 from airflow_provider_matviews.services.verification import timings_csv
 from airflow_provider_matviews.task_groups.matview import MatViewTaskGroup
+from airflow_provider_matviews.triggers.changes import StaleMatViewsTrigger
+from airflow_provider_matviews.web.app import create_app
 from benchmarks.long_history import queries
 from tests.airflow_dags import set_connection
 from tests.conftest import Database, hook_on
-from tests.doc_blocks import ROOT, Page, blocks_of
+from tests.doc_blocks import FENCE, ROOT, Page, airflow, blocks_of
 from tests.histories import define, live_through, steady
 from tests.test_pg_cron import _WITH_CRON, cron_server
 from tests.test_verify import _damage, _write
@@ -51,9 +63,9 @@ _MARKS = {
 BLOCKS = {
     name: [
         replace(block, marks=_MARKS.get((name, block.text.partition("\n")[0]), block.marks))
-        for block in blocks_of(name, markdown)
+        for block in blocks_of(name, text)
     ]
-    for name, markdown in PAGES.items()
+    for name, text in PAGES.items()
 }
 #: Whom the pages grant something.
 _ROLES = ("airflow", "grafana", "reporting")
@@ -171,7 +183,14 @@ def _failing_fleet(page: Page) -> str:
 
 @_before("docs/getting_started.md")
 def _getting_started(page: Page) -> None:
-    set_connection(page.monkeypatch, page.db, "shop", login="airflow")
+    # There is nothing but the database: role, schemas, table and connection are the page's own.
+    for name in ("AIRFLOW_CONN_WAREHOUSE", "AIRFLOW_CONN_POSTGRES_DEFAULT", "_AIRFLOW_PROCESS_CONTEXT"):
+        page.monkeypatch.delenv(name, raising=False)
+    around = page.db
+    around.execute("DROP ROLE airflow", "CREATE DATABASE shop")
+    page.within.callback(around.execute, "DROP DATABASE shop WITH (FORCE)")
+    page.db = replace(around, name="shop", looking=None)
+    page.within.callback(airflow, ["connections", "delete", "shop"])
 
 
 @_before("docs/observability.md")
@@ -364,12 +383,110 @@ def test_every_block_is_executed_but_for_these() -> None:
     assert _SETUPS.keys() <= PAGES.keys()
 
 
-def _columns(markdown: str, heading: str) -> set[str]:
+def _tables(page: str) -> Iterator[list[list[str]]]:
+    """Yield tables, each as its rows of cells, the head first."""
+    for table in re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE):
+        head, _, *rows = table.splitlines()
+        yield [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
+
+
+def _columns(page: str, heading: str) -> set[str]:
     """Return what the first column of the first table below a heading names."""
-    section = markdown.split(f"## {heading}\n")[1].split("\n## ")[0]
-    table = re.search(r"(^\|.*\n)+", section, re.MULTILINE)
-    assert table is not None
-    return {name for line in table[0].splitlines()[2:] for name in re.findall("`(.*?)`", line.split("|")[1])}
+    section = re.split(rf"^#+ {re.escape(heading)}\n", page, flags=re.MULTILINE)[1].split("\n## ")[0]
+    return {name for row in next(_tables(section))[1:] for name in re.findall("`(.*?)`", row[0])}
+
+
+def test_all_code_stands_in_fences_that_are_executed() -> None:
+    for name, text in PAGES.items():
+        prose = FENCE.sub("", text)
+        # Neither in a quotation nor by indentation alone, where nobody would look for it.
+        assert re.findall(r"^.*(?:```|~~~).*$", prose, re.MULTILINE) == [], name
+        assert "<pre>" not in markdown(prose, extensions=["tables"]), name
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", PAGES["README.md"]):
+        path, _, anchor = link.partition("#")
+        assert link.startswith("https://") or (ROOT / path).is_file(), link
+        headings = re.findall(r"^#+ (.*)", PAGES.get(path, ""), re.MULTILINE)
+        assert not anchor or anchor in [slugify(heading.replace("`", ""), "-") for heading in headings], link
+
+
+#: Whose arguments the tables name whose first column is headed so, page by page.
+_ARGUMENTS: dict[str, list[type]] = {
+    "docs/definitions.md": [MatViewDefinition],
+    "docs/events.md": [StaleMatViewsTrigger],
+    "docs/operations.md": [RefreshMatViewOperator],
+    "docs/operators.md": [matview.CreateMatViewOperator, RefreshMatViewOperator],
+    "docs/pg_cron.md": [ImportCronRunsOperator],
+    "docs/retention.md": [PruneMatViewRunsOperator],
+    "docs/task_groups.md": [MatViewTaskGroup],
+}
+
+
+def _arguments(kind: type) -> dict[str, Any]:
+    """Return what it takes, also by way of ``**kwargs``, with the defaults; those that it decides itself are None."""
+    taken: dict[str, Any] = {}
+    for each in reversed([base for base in kind.__mro__ if "__init__" in vars(base) and base is not object]):
+        taken |= {name: each.default for name, each in inspect.signature(each.__init__).parameters.items()}
+    return {
+        name: vars(Patience)[name] if name in vars(Patience) and not default else default
+        for name, default in taken.items()
+    }
+
+
+def test_every_argument_in_a_table_is_one_and_has_that_default() -> None:
+    tables = {page: [table for table in _tables(text) if table[0][0] == "argument"] for page, text in PAGES.items()}
+    assert {page: len(each) for page, each in tables.items() if each} == {
+        page: len(each) for page, each in _ARGUMENTS.items()
+    }
+    compared = 0
+    for page, kinds in _ARGUMENTS.items():
+        for kind, (head, *rows) in zip(kinds, tables[page], strict=True):
+            taken = _arguments(kind)
+            for row in rows:
+                names = re.findall("`(.*?)`", row[0])
+                assert set(names) <= taken.keys(), f"{page}: {kind.__name__}"
+                if head[1].startswith("default") and re.fullmatch(r'`("\w+"|False|True)`|[\d.]+', row[1]):
+                    assert [taken[name] for name in names] == [ast.literal_eval(row[1].strip("`"))], f"{page}: {names}"
+                    compared += 1
+    assert compared >= 10
+    sensor = _arguments(MatViewMetricsSensor)
+    (rules,) = (table for table in _tables(PAGES["docs/alerting.md"]) if table[0][0] == "rule")
+    said = dict(pair for row in rules[1:] for pair in re.findall(r"`(\w+)=(\S+)`", " ".join(row[1:])))
+    # A refresh's.
+    said.pop("row_count_strategy")
+    assert said
+    assert said == {name: repr(sensor[name]) for name in said}
+
+
+def test_the_limits_that_the_pages_say_in_passing_are_the_defaults() -> None:
+    said = [
+        (name, float(value))
+        for text in PAGES.values()
+        for name, value in re.findall(r"`(lock_timeout|max_wait)` \(([\d.]+) s\)", text)
+    ]
+    assert {name for name, _ in said} == {"lock_timeout", "max_wait"}
+    assert all(vars(Patience)[name] == value for name, value in said), said
+
+
+def test_the_guides_name_the_keys_of_xcom_and_the_commands_and_paths_that_there_are(db: Database) -> None:
+    hook = hook_on(db)
+    definition = MatViewDefinition(name="mv", sql="SELECT 1 AS one")
+    told = [summary(response) for response in (hook.create(definition), hook.create(definition), hook.refresh("mv"))]
+    assert _columns(PAGES["docs/operators.md"], "How to, by operator") == {key for each in told for key in each}
+
+    (group,) = get_matviews_commands()
+    commands = {each.name for each in group.subcommands}
+    assert {name.split()[0] for name in _columns(PAGES["docs/cli.md"], "The command line")} == commands
+    typed = re.findall(r"airflow matviews (\w+)", " ".join(PAGES.values()))
+    assert set(typed) <= commands
+    assert set(re.findall(r"`(\w+)`", re.search(r"a terminal: (.*?) \|", PAGES["README.md"])[1])) == commands  # type: ignore[index]
+
+    paths = {path.removeprefix("/api/v1/") for path in create_app().openapi()["paths"]}
+    assert _columns(PAGES["docs/page.md"], "The API behind it") == paths
+    options = get_provider_info()["config"]["matviews"]["options"]
+    assert set(re.findall(r"AIRFLOW__MATVIEWS__(\w+)", " ".join(PAGES.values()))) == {name.upper() for name in options}
 
 
 def test_the_page_about_runs_names_every_column(db: Database) -> None:
@@ -441,6 +558,69 @@ def test_runs_of_the_rails_gem_are_carried_over_once_and_are_runs_like_any_other
     assert hook.refresh("mv_user_activity").status == "updated"
 
 
+#: What is carried over of tests/sql/rails_odd_rows.sql: id there -> rows before and after, strategy; or the error.
+_ODD_RUNS: dict[int, tuple[Any, ...]] = {
+    **dict.fromkeys((*range(2000, 2006), 2009, 2010, 2017, 2018, 2019), (None, None, None)),
+    2006: (12, None, None),
+    2007: (None, 8, "swap"),
+    2008: (None, None, "by hand"),
+    2011: ("Unknown", "boom", []),
+    2012: ("Unknown", "boom", []),
+    **dict.fromkeys((2013, 2014, 2015), ("Unknown", "No error was kept", [])),
+    2016: ("RunLost", "It said running when it was carried over", []),
+}
+
+
+def test_odd_rows_of_the_rails_gem_are_carried_over_once_or_not_at_all(
+    shop: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statements = [block.text for block in BLOCKS["docs/upgrading.md"] if block.text.startswith("INSERT")]
+    hook = hook_on(shop)
+    hook.runs()
+    with shop.connect() as connection:
+        for name in ("rails_tables.sql", "rails_odd_rows.sql"):
+            connection.execute((ROOT / "tests" / "sql" / name).read_bytes())
+        carried = [[connection.execute(each.encode()).rowcount for each in statements] for _ in range(2)]
+    assert carried == [[7, 45 + len(_ODD_RUNS)], [0, 0]]
+    runs = {run.meta["mat_views_run_id"]: run for run in hook.runs(limit=100)}
+    odd = {key: run for key, run in runs.items() if key >= 1000}
+    assert {
+        key: tuple(run.error[name] for name in ("class", "message", "backtrace"))
+        if run.error
+        else (run.row_count_before, run.row_count_after, run.meta["strategy"])
+        for key, run in odd.items()
+    } == _ODD_RUNS
+    assert all(isinstance(run.meta["response"], dict) and run.finished_at for run in odd.values())
+    tasks = shop.rows("SELECT DISTINCT dag_id, map_index, try_number FROM matviews.mat_view_run_history")
+    assert tasks == [(None, None, None)]
+    assert odd[2018].view == '"Odd ""name"", with.dot"'
+    assert {each.view_name: each.unique_index_columns for each in hook.definitions()} == {
+        "mv_user_activity": ("account_id",),
+        "mv_gone": (),
+        "mv_null_columns": (),
+        "mv_text_columns": ("one",),
+        "mv_mixed_columns": ("one",),
+        "mv_object_columns": (),
+        'Odd "name", with.dot': (),
+    }
+    strategies = {each.view_name: each.refresh_strategy for each in hook.definitions()}
+    assert [strategies[f"mv_{name}_columns"] for name in ("null", "text", "mixed", "object")] == [
+        "concurrent",
+        *["auto"] * 3,
+    ]
+    # Whoever reads the record reads them.
+    set_connection(monkeypatch, shop, "warehouse")
+    for words in (
+        "prune --dry-run --keep-successes 1 -o json",
+        "runs --limit 100 -o json",
+        "list",
+        "check --no-failed",
+    ):
+        assert airflow(["matviews", *words.split(), "--conn-id", "warehouse"]) in (0, 3), words
+    hook.metrics()
+    assert hook.prune(keep_successes=1).removed == 39 + 10
+
+
 def _references(html: str) -> Iterator[str]:
     """Return what a browser fetches for a page by itself."""
     yield from re.findall(r"<(?:script|img|iframe|source|audio|video|embed)\b[^>]*?\bsrc=[\"']?([^\"'\s>]+)", html)
@@ -471,6 +651,8 @@ def test_the_site_is_built_without_a_warning_and_fetches_nothing_from_elsewhere(
         name.removeprefix("docs/").replace(".md", ".html") for name in PAGES if name != "README.md"
     }
     assert "RefreshMatViewOperator" in (site / "reference" / "operators.html").read_text()
+    assert "The first version." in (site / "changelog.html").read_text()
+    assert f"airflow-provider-matviews {__version__}" in (site / "index.html").read_text()
     for file in [*pages, *site.rglob("*.css"), *site.rglob("*.svg")]:
         fetched = list(_references(file.read_text()))
         assert fetched or file.suffix != ".html"

@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from airflow_provider_matviews.definition import Index, MatViewDefinition
-from airflow_provider_matviews.exceptions import DependentsExist, MissingPrivilege, StrategyRefused
+from airflow_provider_matviews.exceptions import DependentsExist, DriftFound, MissingPrivilege, StrategyRefused
 from airflow_provider_matviews.hooks.matview import MatViewHook
 from airflow_provider_matviews.services.response import ServiceResponse
 from tests.conftest import Database, hook_on
@@ -57,16 +57,18 @@ _OPERATIONS: dict[str, Callable[[MatViewHook], Any]] = {
 _KINDS = {"analytics.daily": "MATERIALIZED VIEW", "analytics.top": "VIEW"}
 
 
-def _tables() -> Iterator[tuple[str, list[str], str]]:
+def _tables() -> Iterator[tuple[str, dict[str, str], str]]:
+    """Yield of each line what it is about, the rights with what does instead of each, and what on the record."""
     for line in (ROOT / "docs" / "permissions.md").read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if line.startswith("| ") and cells[0] not in ("operation", "the role"):
             name = re.sub(r"^`(.*?)`.*", r"\1", cells[0])
-            yield name, re.findall("`(.*?)`", cells[1]), cells[2] if len(cells) > 2 else ""
+            rights = dict(re.findall(r"`(.*?)`(?: \(or `(.*?)`\))?", cells[1]))
+            yield name, rights, cells[2] if len(cells) > 2 else ""
 
 
 _ROWS = {name: (rights, record) for name, rights, record in _tables()}
-_RECORD = {name: _ROWS.pop(name)[0] for name in ("reads", "writes", "prunes")} | {"": []}
+_RECORD: dict[str, list[str]] = {name: [*_ROWS.pop(name)[0]] for name in ("reads", "writes", "prunes")} | {"": []}
 
 
 def _give(right: str, role: str, database: Database) -> str:
@@ -133,9 +135,13 @@ def test_what_the_page_says_is_enough_and_all_of_it_is_needed(operation: str, ea
     role = each_db.role()
     _world(each_db, role, operation)
     _as_superuser(each_db, *(_give(right, role, each_db) for right in [*_RECORD[record], *rights]))
-    for right in rights:
+    for right, instead in rights.items():
         _as_superuser(each_db, _take(right, role, each_db))
         assert _refused(each_db, role, operation), f"{operation} does not need {right}"
+        if instead:
+            _as_superuser(each_db, _give(instead, role, each_db))
+            assert not _refused(each_db, role, operation), f"{instead} does not do for {right}"
+            _as_superuser(each_db, _take(instead, role, each_db))
         _as_superuser(each_db, _give(right, role, each_db))
     if record:
         usage = _RECORD[record][0]
@@ -161,3 +167,34 @@ def test_every_right_on_the_record_that_the_page_names_is_needed(
         assert _refused(each_db, role, operation), f"who {record} does not need {right}"
         _as_superuser(each_db, _give(right, role, each_db))
     _OPERATIONS[operation](hook_on(each_db, role))
+
+
+@pytest.mark.parametrize("temp", [True, False], ids=["with TEMP", "with neither"])
+def test_what_a_create_makes_of_a_view_that_stands_where_its_role_may_create_nothing_there(
+    temp: bool, each_db: Database
+) -> None:
+    role = each_db.role()
+    _world(each_db, role, "apply a changed query")
+    rights = {right for right in _ROWS["apply a changed query"][0] if not right.startswith("CREATE")}
+    rights |= {"TEMP ON DATABASE shop"} if temp else set()
+    _as_superuser(each_db, *(_give(right, role, each_db) for right in [*_RECORD["writes"], *sorted(rights)]))
+    hook = hook_on(each_db, role)
+
+    same = hook.create(_DAILY)
+    assert (same.status, same.response["drift"]) == ("skipped", False if temp else None)
+    if temp:
+        assert hook.create(_DAILY, on_drift="fail").status == "skipped"
+        assert hook.plan(_DAILY).empty
+        assert not hook.plan(_CHANGED).empty
+        with pytest.raises(MissingPrivilege):
+            hook.create(_CHANGED)
+        with pytest.raises(DriftFound):
+            hook.create(_CHANGED, on_drift="fail")
+        return
+    changed = hook.create(_CHANGED)
+    assert (changed.status, changed.response["drift"]) == ("skipped", None)
+    for definition in (_DAILY, _CHANGED):
+        with pytest.raises(MissingPrivilege):
+            hook.create(definition, on_drift="fail")
+        with pytest.raises(MissingPrivilege):
+            hook.plan(definition)
