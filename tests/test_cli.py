@@ -149,6 +149,7 @@ def test_what_destroys_is_asked_for_first(db: Database, run: Run) -> None:
     code, out, err = run("prune", "--keep-successes", "1", "--dry-run", "-o", "json")
     assert (code, json.loads(out)[0]["removed"]) == (0, 2)
     assert "Dry run: looking at the history of 1 view" in err
+    assert "2 runs of 1 view would be deleted" in err
     assert len(hook.runs()) == 4
     assert _json(run("prune", "--keep-successes", "1", "--yes", "-o", "json"))[0]["removed"] == 2
     assert len(hook.runs()) == 2

@@ -435,7 +435,9 @@ def prune_command(args: Namespace) -> int:
         planned = hook.prune(dry_run=True, **arguments)
         if planned.removed:
             confirm(f"Delete {planned.removed} runs from the record of {args.conn_id}")
-    pruned = hook.prune(dry_run=args.dry_run, **arguments).as_dict()
+    result = hook.prune(dry_run=args.dry_run, **arguments)
+    hook.log.info("%s", result.story())
+    pruned = result.as_dict()
     if args.output in ("json", "yaml"):
         _show(args, [pruned])
     elif pruned["kinds"]:

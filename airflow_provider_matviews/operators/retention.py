@@ -110,13 +110,4 @@ class PruneMatViewRunsOperator(HookOperator):
             for line in lines:
                 self.log.info("%s", redact(line))
             self.log.info("::endgroup::")
-        self.log.info(
-            "%s run%s of %s view%s %s in %.2f s.%s",
-            f"{result.removed:,}",
-            "" if result.removed == 1 else "s",
-            f"{result.views:,}",
-            "" if result.views == 1 else "s",
-            "would be deleted, found" if result.dry_run else "deleted",
-            result.seconds,
-            " Nothing was changed." if result.dry_run else "",
-        )
+        self.log.info("%s", result.story())

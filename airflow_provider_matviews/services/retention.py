@@ -164,6 +164,14 @@ class PruneResponse:
             "seconds": round(self.seconds, 3),
         }
 
+    def story(self) -> str:
+        """Return it as a sentence."""
+        runs = f"{self.removed:,} run{'' if self.removed == 1 else 's'}"
+        views = f"{self.views:,} view{'' if self.views == 1 else 's'}"
+        if self.dry_run:
+            return f"{runs} of {views} would be deleted, found in {self.seconds:.2f} s. Nothing was changed."
+        return f"{runs} of {views} deleted in {self.seconds:.2f} s."
+
     def table(self) -> list[str]:
         """Return the lines of a short table of it."""
         if not self.kinds:
