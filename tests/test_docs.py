@@ -143,6 +143,7 @@ def _cli(page: Page) -> None:
 
 
 @_before("docs/definitions.md")
+@_before("docs/task_groups.md")
 def _definitions(page: Page) -> None:
     (page.folder / "dags" / "views").mkdir(parents=True)
     (page.folder / "dags" / "views" / "daily_revenue.sql").write_text(
@@ -275,14 +276,6 @@ def _runs(page: Page) -> None:
         page.hook.refresh("analytics.daily")
     page.db.execute("UPDATE app.n SET n = 1")
     page.hook.refresh("analytics.daily", skip_unchanged=True)
-
-
-@_before("docs/task_groups.md")
-def _task_groups(page: Page) -> None:
-    (page.folder / "dags" / "views").mkdir(parents=True)
-    (page.folder / "dags" / "views" / "daily_revenue.sql").write_text(
-        f"/* matview\nname = 'analytics.daily_revenue'\n*/\n{_DAILY}"
-    )
 
 
 @_shows("an edge that is missing")

@@ -18,6 +18,7 @@ from airflow_provider_matviews.services.alerts import Checkup, RuleBook, check_v
 from airflow_provider_matviews.services.browsing import (
     CatalogPage,
     Choice,
+    ask_record,
     catalog_page,
     declared_definition,
     read_only,
@@ -94,7 +95,7 @@ class RecordHook(ServerHook):
         :raises MissingPrivilege: when the role may not read the run tables.
         :raises psycopg.errors.QueryCanceled: when a statement took longer.
         """
-        return self._read(recorded(self._ledger, lambda ledger: read_only(question(ledger), seconds)))
+        return self._read(ask_record(self._ledger, question, seconds))
 
     def browse_catalog(self, schema_name: str, view_name: str, *, seconds: float = 5.0) -> CatalogPage | None:
         """Read what the catalogs say of a view, as :meth:`browse` reads the record; None where it does not stand."""

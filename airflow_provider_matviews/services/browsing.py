@@ -20,8 +20,7 @@ from airflow_provider_matviews.services.catalog import ResolvedName
 from airflow_provider_matviews.services.graph import Graph, read_graph
 from airflow_provider_matviews.services.instructions import Command, Query, Session, Work, fetch_all, fetch_one
 from airflow_provider_matviews.services.ledger import DefinitionRecord, Ledger, Operation, Run, RunStatus
-from airflow_provider_matviews.services.locking import lock_is_held, lock_name
-from airflow_provider_matviews.services.metrics import number, read_recorded
+from airflow_provider_matviews.services.metrics import lost_and_ended, number, read_recorded
 from airflow_provider_matviews.services.overview import ViewGlance, glance
 from airflow_provider_matviews.services.plan_steps import PlanStep, StepKind
 from airflow_provider_matviews.services.refresh import situation_of
@@ -112,6 +111,11 @@ def _few_rows(work: Work[_T], session: Session) -> Work[_T]:
         return ended
 
 
+def ask_record(ledger: Ledger, question: Callable[[Ledger], Work[_T | None]], seconds: float) -> Work[_T | None]:
+    """Ask the record something for somebody at a screen: as :func:`read_only`; None where there are no run tables."""
+    return recorded(ledger, lambda known: read_only(question(known), seconds))
+
+
 def recorded(ledger: Ledger, question: Callable[[Ledger], Work[_T | None]]) -> Work[_T | None]:
     """Ask the record something; None where there are no run tables yet."""
     try:
@@ -144,20 +148,11 @@ def run_page(ledger: Ledger, run_id: int) -> Work[RunPage | None]:
     if row is None:
         # Deleted in between.
         return None
-    view = ResolvedName(row["schema_name"], row["view_name"], row["view_name"])
-    lost = run.status == "running" and (yield from _is_lost(ledger, run_id, view))
-    return RunPage(run, row["schema_name"], row["view_name"], row["previous"], row["next"], lost)
-
-
-def _is_lost(ledger: Ledger, run_id: int, view: ResolvedName) -> Work[bool]:
-    held = yield from fetch_one(
-        sql.SQL("SELECT {} AS held").format(lock_is_held(sql.SQL("%s"))), (lock_name(view),), Session.RECORD
-    )
-    if held is None or held["held"]:
-        return False
-    # Newer than the look at the lock: what ended just before that does not say `running` in it.
-    run = yield from ledger.run(run_id)
-    return run is not None and run.status == "running"
+    lost: set[int] = set()
+    if run.status == "running":
+        view = ResolvedName(row["schema_name"], row["view_name"], row["view_name"])
+        lost, _ = yield from lost_and_ended(ledger, {run_id: view})
+    return RunPage(run, row["schema_name"], row["view_name"], row["previous"], row["next"], run_id in lost)
 
 
 @dataclass(frozen=True)
@@ -310,14 +305,10 @@ def view_page(ledger: Ledger, schema_name: str, view_name: str) -> Work[ViewPage
         (definition.id,),
         Session.RECORD,
     )
-    looked = row is not None and isinstance(row["drift"], bool)
-    return ViewPage(
-        glance(found[0]),
-        definition,
-        _differences(row["steps"]) if row and looked else None,
-        row["id"] if row and looked else None,
-        row is not None and row["status"] == RunStatus.SUCCESS,
-    )
+    if row is None or not isinstance(row["drift"], bool):
+        return ViewPage(glance(found[0]), definition, None, None, False)
+    mended = row["status"] == RunStatus.SUCCESS
+    return ViewPage(glance(found[0]), definition, _differences(row["steps"]), row["id"], mended)
 
 
 def _differences(steps: object) -> list[str]:
@@ -439,7 +430,7 @@ def view_choice(ledger: Ledger, schema_name: str, view_name: str, seconds: float
         situation = yield from situation_of(facts, (yield from catalog.indexes_of(facts.oid)), server, past)
         return situation, facts.can_maintain, *choose(situation)
 
-    known = yield from recorded(ledger, lambda _: read_only(of_record(), seconds))
+    known = yield from ask_record(ledger, lambda _: of_record(), seconds)
     definition, past = known or (None, [])
     chosen = yield from read_only(now(past), seconds, Session.WORK)
     if chosen is None:
@@ -457,7 +448,7 @@ def view_choice(ledger: Ledger, schema_name: str, view_name: str, seconds: float
 
 def under_way(ledger: Ledger, seconds: float) -> Work[list[UnderWay]]:
     """Look at what runs now; nothing of it is waited for."""
-    running = (yield from recorded(ledger, lambda _: read_only(running_now(ledger), seconds))) or []
+    running = (yield from ask_record(ledger, running_now, seconds)) or []
     if not running:
         return []
 

@@ -420,14 +420,30 @@ def _with_lost(
 ) -> Work[list[ViewMetrics]]:
     """Say of each running run whether its process is gone."""
     found = list(found)
-    locks = {run.id: lock_name(recorded[each.view][1]) for each in found for run in each.running}
-    if not locks:
-        return found
+    lost, ended = yield from lost_and_ended(
+        ledger, {run.id: recorded[each.view][1] for each in found for run in each.running}
+    )
+    return [
+        replace(
+            each,
+            running=tuple(replace(run, lost=run.id in lost) for run in each.running if run.id not in ended),
+        )
+        for each in found
+    ]
+
+
+def lost_and_ended(ledger: Ledger, running: Mapping[int, ResolvedName]) -> Work[tuple[set[int], set[int]]]:
+    """Return which of the runs that said ``running`` have lost their process, and which have ended meanwhile.
+
+    :param running: the views of the runs by the runs' ids.
+    """
+    if not running:
+        return set(), set()
     free = yield from fetch_all(
         sql.SQL("SELECT given.id FROM unnest(%s::bigint[], %s::text[]) AS given (id, lock) WHERE NOT {}").format(
             lock_is_held(sql.SQL("given.lock"))
         ),
-        (list(locks), list(locks.values())),
+        (list(running), [lock_name(view) for view in running.values()]),
         Session.RECORD,
     )
     # By a statement of its own, whose snapshot is newer: a run that ended meanwhile does not say `running` in it, since
@@ -438,11 +454,4 @@ def _with_lost(
         Session.RECORD,
     )
     lost = {row["id"] for row in still}
-    ended = {row["id"] for row in free} - lost
-    return [
-        replace(
-            each,
-            running=tuple(replace(run, lost=run.id in lost) for run in each.running if run.id not in ended),
-        )
-        for each in found
-    ]
+    return lost, {row["id"] for row in free} - lost

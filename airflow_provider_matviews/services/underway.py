@@ -23,7 +23,7 @@ MOST_LOOKED_AT = 20
 # Of a view that is built anew the index is not yet in anybody else's catalog.
 _STEP = sql.SQL(
     """
-    SELECT coalesce(p.pid, a.pid, v.pid) IS NOT NULL AS known, a.pid AS analyzing, v.pid AS vacuuming,
+    SELECT a.pid AS analyzing, v.pid AS vacuuming,
            CASE WHEN p.pid IS NOT NULL THEN coalesce(
                (SELECT c.relname::text FROM pg_catalog.pg_class c WHERE c.oid = p.index_relid), 'not named yet')
            END AS index
@@ -60,7 +60,6 @@ class UnderWay:
 @dataclass(frozen=True)
 class _Running:
     run_id: int
-    definition_id: int
     view: ResolvedName
     operation: Operation
     started_at: datetime
@@ -102,7 +101,7 @@ def running_now(ledger: Ledger) -> Work[list[tuple[_Running, int, list[PastRefre
             continue
         operation = Operation(row["operation"])
         past = (yield from ledger.past_refreshes(row["definition_id"])) if operation is Operation.REFRESH else []
-        running = _Running(row["id"], row["definition_id"], view, operation, row["started_at"], row["seconds"])
+        running = _Running(row["id"], view, operation, row["started_at"], row["seconds"])
         found.append((running, holder["pid"], past))
     return found
 

@@ -526,7 +526,7 @@ def _summary(each: ViewGlance) -> ViewSummary:
             duration_ms=last.duration_ms,
             strategy=last.strategy,
             dag_id=last.dag_id,
-            error=(_told(last.error) or "")[:_LONGEST_ERROR] or None,
+            error=_told(last.error),
         ),
         last_filled_at=known.last_filled_at,
         age=known.age,
@@ -551,9 +551,10 @@ def _summary(each: ViewGlance) -> ViewSummary:
 
 
 def _told(error: object) -> str | None:
-    if isinstance(error, dict):
-        return f"{error.get('class')}: {error.get('message')}"
-    return None if error is None else str(error)
+    if error is None:
+        return None
+    told = f"{error.get('class')}: {error.get('message')}" if isinstance(error, dict) else str(error)
+    return told[:_LONGEST_ERROR]
 
 
 class _Hook(MatViewHook):

@@ -12,7 +12,7 @@ from airflow_provider_matviews.names import check_identifier
 SECTION = "matviews"
 #: What one may ask for on the page: new rows; whether they are right; what the definition says.
 ACTIONS = ("refresh", "verify", "apply")
-_ACTIONS = "matviews_actions, finance=finance_actions"
+_EXAMPLE = "matviews_actions, finance=finance_actions"
 #: Where the page is mounted.
 URL_PREFIX = "/matviews"
 
@@ -65,14 +65,14 @@ def action_dag(connection_id: str) -> str | None:
         if parts == [""]:
             continue
         if len(parts) > 2 or not all(parts):
-            raise _refused(place, "is neither a DAG nor connection=DAG", "actions", _ACTIONS)
+            raise _refused(place, "is neither a DAG nor connection=DAG", "actions", _EXAMPLE)
         *named, dag_id = parts
         if named and named[0] not in shown:
             # Mistyped, it would hand the connection that was meant to the DAG of all others.
-            raise _refused(place, "names a connection that the option connections does not", "actions", _ACTIONS)
+            raise _refused(place, "names a connection that the option connections does not", "actions", _EXAMPLE)
         known = found.get(named[0]) if named else of_all
         if known not in (None, dag_id):
-            raise _refused(place, "says another DAG than an entry before it", "actions", _ACTIONS)
+            raise _refused(place, "says another DAG than an entry before it", "actions", _EXAMPLE)
         if named:
             found[named[0]] = dag_id
         else:

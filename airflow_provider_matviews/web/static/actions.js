@@ -1,7 +1,7 @@
 // What may be done about a view: by triggering a DAG, by Airflow's own API. Nothing is done here.
 
+import { compared } from "./differences.js";
 import { airflow, ask, element, encoded, object, Refused, root } from "./parts.js";
-import { compared } from "./view.js";
 
 const STRATEGIES = ["as declared", "auto", "swap", "concurrent", "regular"];
 const POLL = 2000;

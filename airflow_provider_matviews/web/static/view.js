@@ -2,8 +2,9 @@
 
 import { actionBar } from "./actions.js";
 import { drawHistory } from "./charts.js";
+import { comparison } from "./differences.js";
 import { drawGraph } from "./graph.js";
-import { age, airflow, ask, bytes, diff, element, facts, link, milliseconds, number, object, progress, section, show, table, time, whileShown } from "./parts.js";
+import { age, airflow, ask, bytes, element, facts, link, milliseconds, number, object, progress, section, show, table, time, whileShown } from "./parts.js";
 import { runTable } from "./runs.js";
 import { highlighted } from "./sql.js";
 
@@ -12,44 +13,6 @@ const RUNS_SHOWN = 20;
 
 function list(items) {
   return items.length ? element("ul", {}, items.map((item) => element("li", {}, element("code", {}, item)))) : element("p", { class: "muted" }, "None.");
-}
-
-// One change: what stands, what is declared, and what would mend it.
-function change(step) {
-  return element("li", {},
-    element("p", {}, element("strong", {}, step.title), `: ${step.why}`),
-    step.detail.length ? diff(step.detail) : null,
-    step.sql.length
-      ? element("details", {}, element("summary", {}, "What would mend it", step.lock === "none" ? "" : ` (locks ${step.lock}: ${step.cost})`),
-        element("pre", { class: "sql" }, highlighted(step.sql.map((text) => `${text};`).join("\n"))))
-      : null);
-}
-
-export function compared(plan) {
-  const parts = [];
-  if (!plan.steps.length) parts.push(element("p", {}, "It is what it was declared to be."));
-  else parts.push(element("p", {}, plan.stands ? `It differs in ${plan.steps.length === 1 ? "one thing" : `${plan.steps.length} things`}.` : "It does not stand. What would make it:"), element("ol", { class: "changes" }, plan.steps.map(change)));
-  for (const refusal of plan.refusals) parts.push(element("p", { class: "notice error" }, "This cannot be applied as it is. ", refusal));
-  for (const note of plan.notes) parts.push(element("p", { class: "notice" }, note));
-  if (plan.left_alone.length) parts.push(element("p", { class: "muted" }, "Left alone, since the definition does not mention it: ", plan.left_alone.join(", "), "."));
-  return parts;
-}
-
-// When somebody asks for it: the server has to make the definition real for a moment, in a transaction that is undone.
-function comparison(connection, of) {
-  const place = element("div", { role: "status" });
-  const button = element("button", { type: "button" }, "Compare with the database now");
-  button.addEventListener("click", async () => {
-    button.disabled = true;
-    place.replaceChildren(element("p", { class: "muted" }, "Comparing …"));
-    try {
-      place.replaceChildren(...compared(await ask("connections", connection, "view", "plan", of)));
-    } catch (error) {
-      place.replaceChildren(element("p", { class: "notice error" }, error.message));
-    }
-    button.disabled = false;
-  });
-  return element("div", {}, element("p", {}, button), place);
 }
 
 function declared({ definition, drift, drift_run_id: runId, drift_mended: mended }, connection, of) {
